@@ -1,0 +1,629 @@
+"""RLDS in, batches out, without TensorFlow.
+
+An RLDS data set is a folder of TFRecord shards with one `tf.train.Example` per episode, as tensorflow-datasets writes
+it. One pass over the shards verifies every checksum and notes where each JPEG lies (shard, offset, length); the small
+columns (actions, states, ...) go to .npy files. Training then reads the JPEGs in place: a true global shuffle and
+random access, no copy of the data, no TensorFlow. Left out: other image encodings, nested sequences, splits but `train`.
+
+    python data.py data/libero_tiny          # what is in a data set: counts, shapes, statistics, a contact sheet
+
+Axes: S steps of a data set, E episodes, H chunk steps, A action size, B batch, C cameras, P codes per step.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw, JpegImagePlugin
+from safetensors import safe_open
+
+CACHE = Path("~/.cache/latent-actions")  # where indices and labels live unless --cache says otherwise
+CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
+INDEX_FORMAT = 1  # raise when the cached files change their meaning
+RLDS_CODES = 16  # codebook size behind `latent_idx` in the RLDS release of the paper
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TFRecord framing and the protobuf wire format of tf.train.Example
+
+
+def read_records(path):
+    """Yields (offset, payload as memoryview, checksum word) of each TFRecord in `path`.
+
+    Framing: u64 length, u32 masked CRC-32C of it, payload, u32 masked CRC-32C of the payload, all little-endian.
+    Raises ValueError naming the file and the offset when a record is cut short or a checksum does not match.
+    """
+    if path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view, at = memoryview(mapped), 0
+        try:
+            while at < len(view):
+                payload, word = _record(view, at, path)
+                yield at + 12, payload, word
+                at += 16 + len(payload)
+                payload.release()
+        finally:
+            view.release()
+
+
+def _record(view, at, path):
+    if at + 12 > len(view):
+        raise ValueError(f"{path}: record at byte {at} is cut short: its header needs 12 bytes, {len(view) - at} are left. Copy the file again.")
+    length, length_crc = struct.unpack_from("<QI", view, at)
+    if masked_crc(view[at : at + 8]) != length_crc:
+        raise ValueError(f"{path}: wrong checksum of the record length at byte {at}. The file is corrupt: copy it again.")
+    if at + 16 + length > len(view):
+        raise ValueError(f"{path}: record at byte {at} is cut short: {length + 16} bytes expected, {len(view) - at} are left. Copy the file again.")
+    payload = view[at + 12 : at + 12 + length]
+    (word,) = struct.unpack_from("<I", view, at + 12 + length)
+    if masked_crc(payload) != word:
+        raise ValueError(f"{path}: wrong checksum of the record at byte {at} ({length} bytes). The file is corrupt: copy it again.")
+    return payload, word
+
+
+def masked_crc(buffer):
+    """TFRecord's masked CRC-32C of a bytes-like object, as int."""
+    import google_crc32c  # only indexing needs it, so a machine that only trains on a cached index does without
+
+    crc = google_crc32c.value(bytes(buffer))
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _varint(buf, at):
+    value, shift = 0, 0
+    while True:
+        byte = buf[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _fields(buf, at, end):
+    """Yields (field number, start, end) of each length-delimited field of a protobuf message in buf[at:end]."""
+    while at < end:
+        tag, at = _varint(buf, at)
+        if tag & 7 != 2:
+            raise ValueError(f"protobuf wire type {tag & 7} at byte {at}, where a tf.train.Example has only type 2")
+        length, at = _varint(buf, at)
+        if at + length > end:
+            raise ValueError(f"protobuf field at byte {at} reaches {at + length - end} bytes past its message")
+        yield tag >> 3, at, at + length
+        at += length
+
+
+def parse_example(buf):
+    """Reads one serialized tf.train.Example.
+
+    Returns {feature name: value}: a list of (start, length) within `buf` for a bytes_list, f32 [n] for a float_list,
+    i64 [n] for an int64_list. Raises ValueError when the bytes are not such a message.
+    """
+    values = {}
+    for _, features, features_end in _fields(buf, 0, len(buf)):
+        for _, entry, entry_end in _fields(buf, features, features_end):
+            (_, key, key_end), (_, feature, feature_end) = _fields(buf, entry, entry_end)
+            for kind, start, end in _fields(buf, feature, feature_end):
+                values[bytes(buf[key:key_end]).decode()] = _feature_list(buf, kind, start, end)
+    return values
+
+
+def _feature_list(buf, kind, start, end):
+    if kind == 1:
+        return [(a, b - a) for _, a, b in _fields(buf, start, end)]
+    if start == end:
+        return np.zeros(0, np.float32 if kind == 2 else np.int64)
+    ((_, start, end),) = _fields(buf, start, end)  # packed numbers
+    if kind == 2:
+        return np.frombuffer(buf[start:end], "<f4").copy()
+    numbers = []
+    while start < end:
+        number, start = _varint(buf, start)
+        numbers.append(number - (1 << 64) if number >> 63 else number)
+    return np.array(numbers, np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The index of one data set
+
+
+def version_dir(path):
+    """The folder with `features.json`: `path` itself or its only version folder. Raises FileNotFoundError or ValueError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such data directory: {path}. Give --data a folder with an RLDS data set (features.json, *.tfrecord-*).")
+    found = [path] if (path / "features.json").exists() else sorted(p.parent for p in path.glob("*/features.json"))
+    if len(found) != 1:
+        raise ValueError(f"{path} holds {len(found)} RLDS data sets ({', '.join(p.name for p in found) or 'no features.json'}); give --data the folder of one.")
+    return found[0]
+
+
+def read_features(directory):
+    """{feature name as in the records: ("image" | "text" | "tensor", dtype, shape)} from tensorflow-datasets' features.json."""
+    found = {}
+
+    def walk(node, name):
+        if "featuresDict" in node:
+            for key, child in node["featuresDict"]["features"].items():
+                walk(child, f"{name}/{key}" if name else key)
+        elif "sequence" in node:
+            walk(node["sequence"]["feature"], name)
+        elif "text" in node:
+            found[name] = ("text", "str", ())
+        else:
+            kind = "image" if "image" in node else "tensor"
+            shape = tuple(int(n) for n in node[kind].get("shape", {}).get("dimensions", []))
+            found[name] = (kind, node[kind].get("dtype", "float32"), shape)
+
+    walk(json.loads((directory / "features.json").read_text()), "")
+    return found
+
+
+def shard_paths(directory):
+    """The train split's shards in order, named by tensorflow-datasets' own metadata. Raises if there is none or one is missing."""
+    info = json.loads((directory / "dataset_info.json").read_text())
+    split = next((s for s in info["splits"] if s["name"] == "train"), None)
+    if split is None:
+        raise ValueError(f"{directory}: no split called 'train', only {[s['name'] for s in info['splits']]}")
+    n = len(split["shardLengths"])
+    template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
+    words = {"DATASET": info["name"], "SPLIT": "train", "FILEFORMAT": info.get("fileFormat", "tfrecord")}
+    paths = [directory / template.format(SHARD_X_OF_Y=f"{i:05d}-of-{n:05d}", **words) for i in range(n)]
+    missing = [str(p) for p in paths if not p.exists()]
+    if missing or not paths:
+        raise FileNotFoundError(f"{directory}: {len(missing)} of {n} shards are missing: {missing[:3]}. Copy the data set again.")
+    return info["name"], paths
+
+
+@dataclass
+class Index:
+    """Where everything in one RLDS data set lies. Built once by `open_index`, then read from the cache.
+
+    images: {camera: i64 [S, 3] of (shard, byte offset, length)}; columns: {name: [S, ...]}, memory-mapped;
+    starts: i64 [E + 1], episode e has the steps starts[e]..starts[e + 1]; instructions: [E] texts;
+    metadata: {name: [E]}; fingerprint: hash of features and record checksums, the same wherever the data lies.
+    """
+
+    name: str
+    directory: Path
+    cache: Path
+    fingerprint: str
+    shards: list
+    starts: np.ndarray
+    images: dict
+    columns: dict
+    instructions: list
+    metadata: dict
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def jpeg(self, camera, step):
+        """The stored bytes of one image."""
+        shard, offset, length = (int(n) for n in self.images[camera][step])
+        with open(self.shards[shard], "rb") as file:
+            return os.pread(file.fileno(), length, offset)
+
+    def image(self, camera, step):
+        """u8 [height, width, 3]"""
+        return np.asarray(Image.open(io.BytesIO(self.jpeg(camera, step))).convert("RGB"))
+
+    def jpeg_options(self, camera):
+        """How the images were stored: {"size", "qtables", "subsampling"}, so that evaluation can store its own alike."""
+        image = Image.open(io.BytesIO(self.jpeg(camera, 0)))
+        tables = [list(table) for _, table in sorted(image.quantization.items())]
+        return {"size": image.height, "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
+
+
+def open_index(path, cache=CACHE):
+    """The `Index` of the RLDS data set at `path`, from `cache` if it was indexed before and no shard has changed since.
+
+    Raises FileNotFoundError (no data), ValueError (corrupt, truncated or inconsistent data: file and byte offset).
+    """
+    directory = version_dir(path)
+    name, shards = shard_paths(directory)
+    features = (directory / "features.json").read_bytes()
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
+    key = hashlib.sha256(features + json.dumps([INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
+    folder = Path(cache).expanduser() / f"{name}-{key}"
+    if not (folder / "index.json").exists():
+        _write_index(folder, *_scan(shards, read_features(directory), features))
+    info = json.loads((folder / "index.json").read_text())
+    arrays = {kind: {n: np.load(folder / f"{kind}.{n}.npy", mmap_mode="r") for n in info[kind]} for kind in ("images", "columns")}
+    return Index(name, directory, folder, info["fingerprint"], shards, np.load(folder / "starts.npy"), **arrays, instructions=info["instructions"], metadata=info["metadata"])
+
+
+def _scan(shards, features, salt):
+    """Reads every record once. Returns (image locations, columns, starts, texts and metadata as JSON)."""
+    digest, lengths = hashlib.sha256(salt), []
+    images, columns, instructions, metadata = {}, {}, [], {}
+    for number, path in enumerate(shards):
+        for offset, payload, word in read_records(path):
+            digest.update(struct.pack("<QI", len(payload), word))
+            try:
+                example = parse_example(payload)
+                lengths.append(_append_episode(example, features, payload, number, offset, images, columns, metadata))
+            except (ValueError, KeyError, IndexError) as error:
+                raise ValueError(f"{path}: record at byte {offset - 12}: {error}") from error
+            start, length = example["steps/language_instruction"][0]
+            instructions.append(bytes(payload[start : start + length]).decode())
+    if not lengths:
+        raise ValueError(f"{shards[0].parent}: no episode in {len(shards)} shards")
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    info = {"fingerprint": digest.hexdigest()[:16], "instructions": instructions, "metadata": metadata}
+    return {k: np.concatenate(v) for k, v in images.items()}, {k: np.concatenate(v) for k, v in columns.items()}, starts, info
+
+
+def _append_episode(example, features, payload, shard, offset, images, columns, metadata):
+    """Sorts one parsed episode into the growing lists; returns its number of steps."""
+    steps = len(example["steps/language_instruction"])
+    for name, (kind, dtype, shape) in features.items():
+        value, short = example[name], name.rsplit("/", 1)[-1]
+        if name.startswith("episode_metadata/"):
+            metadata.setdefault(short, []).append(_metadata(value, payload, kind, dtype, shape))
+        elif kind == "image":
+            _check_length(name, len(value), steps)
+            images.setdefault(short, []).append(np.array([(shard, offset + start, length) for start, length in value], np.int64))
+        elif kind == "tensor":
+            _check_length(name, value.size, steps * int(np.prod(shape)))
+            columns.setdefault(short, []).append(value.reshape(steps, *shape).astype(dtype))
+    return steps
+
+
+def _metadata(value, payload, kind, dtype, shape):
+    """One episode's value as JSON holds it; tensors may be stored as packed numbers or as raw bytes."""
+    if isinstance(value, list):
+        start, length = value[0]
+        raw = bytes(payload[start : start + length])
+        if kind == "text":
+            return raw.decode()
+        value = np.frombuffer(raw, dtype)
+    return value[0].item() if shape == () else value.tolist()
+
+
+def _check_length(name, found, expected):
+    if found != expected:
+        raise ValueError(f"feature {name} has {found} values where its shape in features.json asks for {expected}")
+
+
+def _write_index(folder, images, columns, starts, info):
+    """Writes to a temporary folder and renames it, so that a reader never sees half an index."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
+    for kind, arrays in (("images", images), ("columns", columns)):
+        info[kind] = list(arrays)
+        for name, array in arrays.items():
+            np.save(temporary / f"{kind}.{name}.npy", array)
+    np.save(temporary / "starts.npy", starts)
+    (temporary / "index.json").write_text(json.dumps(info))
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster
+        for path in temporary.iterdir():
+            path.unlink()
+        temporary.rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Standardisation, statistics, normalisation
+
+
+def standardise(action):
+    """[..., A] as stored (gripper -1 open, +1 close) -> gripper in [0, 1] with 1 = open, as OpenVLA does for LIBERO."""
+    return np.concatenate([action[..., :-1], 1.0 - np.clip(action[..., -1:], 0.0, 1.0)], axis=-1).astype(np.float32)
+
+
+def to_robosuite(action):
+    """[..., A] standardised (gripper in [0, 1], 1 = open) -> the simulator's sign (-1 open, +1 close)."""
+    return np.concatenate([action[..., :-1], -np.sign(2.0 * action[..., -1:] - 1.0)], axis=-1).astype(np.float32)
+
+
+def statistics(index):
+    """{"action": {...}, "proprio": {...}, "num_transitions", "num_trajectories"} over all steps, in OpenVLA's layout."""
+    action, proprio = standardise(index.columns["action"]), index.columns["state"]
+    result = {"action": _moments(action), "proprio": _moments(proprio)}
+    result["action"]["mask"] = [True] * (action.shape[1] - 1) + [False]  # the gripper passes through unchanged
+    return result | {"num_transitions": len(index), "num_trajectories": len(index.starts) - 1}
+
+
+def _moments(x):
+    x = np.asarray(x, np.float64)
+    rows = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "q01": np.quantile(x, 0.01, 0), "q99": np.quantile(x, 0.99, 0)}
+    return {name: row.tolist() for name, row in rows.items()}
+
+
+def normalise(x, stats):
+    """bounds_q99: clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1); unmasked dimensions pass, constant ones become 0.
+
+    x: [..., n] in physical units; stats: one of the two dictionaries that `statistics` makes. Returns f32 [..., n].
+    """
+    low, high, mask = _bounds(stats)
+    scaled = np.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)
+    scaled = np.where(np.equal(stats["min"], stats["max"]), 0.0, scaled)
+    return np.where(mask, scaled, x).astype(np.float32)
+
+
+def unnormalise(x, stats):
+    """The inverse of `normalise` inside its bounds. x: [..., n]. Returns f32 [..., n] in physical units."""
+    low, high, mask = _bounds(stats)
+    return np.where(mask, (x + 1) / 2 * (high - low + 1e-8) + low, x).astype(np.float32)
+
+
+def _bounds(stats):
+    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
+    return low, high, np.asarray(stats.get("mask", np.ones(len(low), bool)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latent labels
+
+
+@dataclass
+class Labels:
+    """Image-based latent actions of every step: codes int [S, P]; vectors f16 [S, P, d]; delta frames apart."""
+
+    codes: np.ndarray
+    vectors: np.ndarray
+    delta: int
+    num_codes: int
+    quantised: bool  # vectors are codebook rows, not the encoder's continuous output
+    fingerprint: str  # of the latent action model
+
+    @property
+    def dim(self):
+        return self.vectors.shape[2]
+
+
+def label_path(index, data):
+    """Where labels of `index` are looked for: shipped beside the data, else beside the cached index."""
+    shipped = Path(data) / "labels.safetensors"
+    return shipped if shipped.exists() else index.cache / "labels.safetensors"
+
+
+def load_labels(index, path, delta=None):
+    """Labels from `path` (made by `latent.py label`), else from the data's own `latent_idx` / `latent_z`, else None.
+
+    Raises ValueError when the file was made from other data, or when `delta` is given and differs.
+    """
+    path = Path(path)
+    if path.exists():
+        with safe_open(path, "numpy") as file:
+            info = file.metadata()
+            if info["data"] != index.fingerprint:
+                raise ValueError(f"{path} labels the data set with fingerprint {info['data']}, but {index.directory} has {index.fingerprint}. Make them again: python latent.py label")
+            labels = Labels(file.get_tensor("codes"), file.get_tensor("vectors"), int(info["delta"]), int(info["num_codes"]), False, info["lam"])
+    elif "latent_idx" in index.columns:
+        codes = index.columns["latent_idx"]
+        vectors = index.columns["latent_z"].reshape(*codes.shape, -1)
+        labels = Labels(codes, vectors, delta or 0, RLDS_CODES, True, "rlds")
+    else:
+        return None
+    if delta is not None and labels.delta != delta:
+        raise ValueError(f"{path} was made with delta {labels.delta}, but --delta is {delta}")
+    return labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples and batches
+
+
+class Chunks(torch.utils.data.Dataset):
+    """An endless, globally shuffled stream of training samples over one or more data sets.
+
+    `self[p]` is sample number p, a pure function of (seed, p): epoch p // len(epoch) is a fresh permutation. A weight
+    w lets a data set occur w times per epoch (a fraction: a random part of it). Each item holds
+
+        images      list of u8 [h, w, 3], one per camera      proprio  f32 [N] normalised
+        actions     f32 [H, A] normalised                      valid    bool [H], False past the end of the episode
+        text        str, the instruction                       draws    f32 [C, 6] in [0, 1): what augmentation uses
+        codes       i64 [H, P] and vectors f32 [H, P, d], when labels are given
+    """
+
+    def __init__(self, indices, stats, cameras, chunk, seed=0, labels=None, weights=None, episodes=None):
+        """stats: one `statistics` per index; episodes: per index the episodes to use (default: all)."""
+        self.indices, self.stats, self.cameras, self.chunk, self.seed, self.labels = indices, stats, cameras, chunk, seed, labels
+        _check_same_sizes(indices, cameras)
+        self.steps = [steps_of(index, chosen) for index, chosen in zip(indices, episodes or [None] * len(indices))]
+        self.weights = weights or [1.0] * len(indices)
+        self.actions = [normalise(standardise(i.columns["action"]), s["action"]) for i, s in zip(indices, stats)]
+        self.proprio = [normalise(i.columns["state"], s["proprio"]) for i, s in zip(indices, stats)]
+        self.epoch_length = sum(round(w * len(s)) for w, s in zip(self.weights, self.steps))
+        self._order = functools.lru_cache(2)(self._order)
+
+    def _order(self, epoch):
+        """i64 [epoch_length, 2] of (data set, step): the order of one epoch."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        rows = []
+        for number, (steps, weight) in enumerate(zip(self.steps, self.weights)):
+            count = round(weight * len(steps))
+            picked = np.concatenate([rng.permutation(steps) for _ in range(count // len(steps) + 1)])[:count]
+            rows.append(np.stack([np.full(count, number), picked], 1))
+        return rng.permutation(np.concatenate(rows))
+
+    def __len__(self):
+        return 2**62  # endless: the loop decides when to stop
+
+    def __getitem__(self, position):
+        epoch, row = divmod(position, self.epoch_length)
+        number, step = (int(n) for n in self._order(epoch)[row])
+        draws = np.random.default_rng([self.seed, 1, position]).random((len(self.cameras), 6), np.float32)
+        return self.sample(number, step) | {"draws": torch.from_numpy(draws)}
+
+    def sample(self, number, step):
+        """The sample at `step` of data set `number`, without augmentation draws."""
+        index = self.indices[number]
+        end = int(index.starts[np.searchsorted(index.starts, step, "right")])
+        rows = np.minimum(np.arange(step, step + self.chunk), end - 1)
+        valid = np.arange(step, step + self.chunk) < end
+        actions = self.actions[number][rows]
+        actions[~valid, :-1] = 0.0  # past the end: no motion, gripper held; masked in every loss
+        item = {
+            "images": [torch.from_numpy(index.image(camera, step).copy()) for camera in self.cameras],
+            "proprio": torch.from_numpy(self.proprio[number][step]),
+            "actions": torch.from_numpy(actions),
+            "valid": torch.from_numpy(valid),
+            "text": index.instructions[int(np.searchsorted(index.starts, step, "right")) - 1],
+        }
+        if self.labels is not None:
+            labels = self.labels[number]
+            item["codes"] = torch.from_numpy(labels.codes[rows].astype(np.int64))  # [H, P]
+            item["vectors"] = torch.from_numpy(labels.vectors[rows].astype(np.float32))  # [H, P, d]
+        return item
+
+
+def steps_of(index, episodes):
+    """i64 [n]: the steps of some episodes (None: of all)."""
+    if episodes is None:
+        return np.arange(len(index))
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(index.starts[e], index.starts[e + 1]) for e in episodes)])
+
+
+def _check_same_sizes(indices, cameras):
+    """All data sets must have the cameras and agree on the sizes of action and state. Raises ValueError."""
+    for index in indices:
+        missing = [c for c in cameras if c not in index.images]
+        if missing:
+            raise ValueError(f"{index.name} has no camera {missing}; it has {list(index.images)}. Choose with --cameras.")
+        for name in ("action", "state"):
+            if name not in index.columns:
+                raise ValueError(f"{index.name} has no steps feature '{name}'; it has {list(index.columns)}")
+            if index.columns[name].shape[1:] != indices[0].columns[name].shape[1:]:
+                raise ValueError(f"{name} has shape {index.columns[name].shape[1:]} in {index.name} but {indices[0].columns[name].shape[1:]} in {indices[0].name}; they cannot be mixed.")
+
+
+def split_episodes(index, val_fraction, seed):
+    """(training, held-out) episode numbers; at least one is held out when val_fraction > 0."""
+    episodes = len(index.starts) - 1
+    order = np.random.default_rng([seed, 2]).permutation(episodes)
+    held = min(max(1, round(val_fraction * episodes)), episodes - 1) if val_fraction > 0 else 0
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+class StepBatches(torch.utils.data.Sampler):
+    """Sample positions of each micro-batch of this rank: of the global batch of step s, rows rank::world, cut in order."""
+
+    def __init__(self, first_step, last_step, global_batch, micro_batch, rank=0, world=1):
+        self.steps, self.global_batch, self.micro_batch, self.rank, self.world = range(first_step, last_step), global_batch, micro_batch, rank, world
+
+    def __iter__(self):
+        for step in self.steps:
+            rows = range(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world)
+            for at in range(0, len(rows), self.micro_batch):
+                yield list(rows[at : at + self.micro_batch])
+
+    def __len__(self):
+        return len(self.steps) * (self.global_batch // self.world // self.micro_batch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels: crop, resize and colour on the batch
+
+
+def prepare_images(images, size, draws=None, crop=True):
+    """u8 images -> f32 [B, C, 3, size, size] in [-1, 1], on the images' device.
+
+    images: list of C tensors u8 [B, h, w, 3]; draws: f32 [B, C, 6] in [0, 1) for training, None for evaluation.
+    With draws, OpenVLA-OFT's augmentation: random crop of 90 % of the area, brightness +-0.2, contrast and saturation
+    0.8 to 1.2, hue +-0.05. Without, the centre crop of the same area (`crop=False`: the whole image).
+    """
+    frames = []
+    for number, batch in enumerate(images):
+        pixels = batch.permute(0, 3, 1, 2).float() / 255  # [B, 3, h, w]
+        u = None if draws is None else draws[:, number]
+        if crop or pixels.shape[-2:] != (size, size):
+            pixels = _crop(pixels, size, CROP_AREA**0.5 if crop else 1.0, u)
+        frames.append(pixels if u is None else jitter(pixels, u[:, 2:]))
+    return torch.stack(frames, 1) * 2 - 1
+
+
+def _crop(pixels, size, side, u):
+    """Crops a share `side` of each edge, at u[:, :2] of the free room or the centre, and resizes bilinearly."""
+    room = 1 - side
+    centre = torch.zeros(len(pixels), 2, device=pixels.device) if u is None else (2 * u[:, :2] - 1) * room
+    theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, :, 2] = centre
+    grid = F.affine_grid(theta, (len(pixels), 3, size, size), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def jitter(pixels, u):
+    """Brightness, contrast, saturation and hue, drawn from u f32 [B, 4] in [0, 1). pixels: f32 [B, 3, h, w] in [0, 1].
+
+    Saturation and hue are a scaling and a rotation of the chroma plane of YIQ, so that all is one affine map per image.
+    """
+    brightness, contrast, saturation, hue = 0.4 * u[:, 0] - 0.2, 0.8 + 0.4 * u[:, 1], 0.8 + 0.4 * u[:, 2], (0.1 * u[:, 3] - 0.05) * 2 * torch.pi
+    to_yiq = pixels.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    chroma = torch.zeros(len(pixels), 3, 3, device=pixels.device)
+    chroma[:, 0, 0] = 1
+    chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * hue.cos()
+    chroma[:, 2, 1] = saturation * hue.sin()
+    chroma[:, 1, 2] = -chroma[:, 2, 1]
+    matrix = torch.linalg.inv(to_yiq) @ chroma @ to_yiq * contrast[:, None, None]  # [B, 3, 3]
+    mean = pixels.mean((2, 3)) + brightness[:, None]  # [B, 3], of the brightened image
+    offset = mean + (matrix @ (brightness[:, None] - mean)[:, :, None])[:, :, 0]
+    flat = torch.baddbmm(offset[:, :, None], matrix, pixels.flatten(2))  # [B, 3, h * w]
+    return flat.clamp_(0, 1).view_as(pixels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in a data set
+
+
+@dataclass
+class Config:
+    data: tyro.conf.Positional[Path]
+    """folder of an RLDS data set"""
+    cache: Path = CACHE
+    """where indices are kept"""
+
+
+def contact_sheet(index, episodes=8):
+    """PIL image: one column per episode, for each camera its first and its last frame."""
+    chosen = np.unique(np.linspace(0, len(index.starts) - 2, episodes).astype(int))
+    rows = [(camera, which) for camera in index.images for which in ("first", "last")]
+    size = 160
+    sheet = Image.new("RGB", (len(chosen) * size, len(rows) * size), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, episode in enumerate(chosen):
+        for y, (camera, which) in enumerate(rows):
+            step = index.starts[episode] if which == "first" else index.starts[episode + 1] - 1
+            sheet.paste(Image.fromarray(index.image(camera, step)).resize((size, size)), (x * size, y * size))
+            draw.text((x * size + 4, y * size + 4), f"episode {episode}, {camera}, {which}", fill="white", stroke_width=1, stroke_fill="black")
+    return sheet
+
+
+def main():
+    """Prints episodes, steps, instructions, shapes and statistics of a data set; writes a contact sheet."""
+    config = tyro.cli(Config, description=__doc__)
+    index = open_index(config.data, config.cache)
+    lengths = np.diff(index.starts)
+    print(f"{index.name}: {len(lengths)} episodes, {len(index)} steps ({lengths.min()} to {lengths.max()} an episode), fingerprint {index.fingerprint}")
+    for text in sorted(set(index.instructions)):
+        print(f"  {index.instructions.count(text):5d} episodes: {text}")
+    for camera in index.images:
+        print(f"  camera {camera}: {index.image(camera, 0).shape}, {index.images[camera][:, 2].mean() / 1024:.1f} KiB a frame")
+    for name, column in index.columns.items():
+        print(f"  column {name}: {column.dtype} {column.shape[1:]}")
+    for name, rows in statistics(index).items():
+        if isinstance(rows, dict):
+            for row in ("q01", "mean", "q99"):
+                print(f"  {name:7s} {row:4s} " + " ".join(f"{value:8.4f}" for value in rows[row]))
+    sheet = index.cache / "contact_sheet.png"
+    contact_sheet(index).save(sheet)
+    print(f"contact sheet: {sheet}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""demos.py: the expert in the real simulator, exact replay, the written data set, resuming."""
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import demos
+from sim import encode_jpeg
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return demos.Config(task_ids=[8], episodes=3, image_size=32, widen=0.06, procs=1,
+                        out=tmp_path_factory.mktemp("demos") / "tiny_rlds")
+
+
+@pytest.fixture(scope="module")
+def episode(sim, config):
+    """One real episode of the expert on a widened start."""
+    return demos.record(sim, 90_001, config)
+
+
+def test_expert_succeeds(episode):
+    assert episode is not None and 20 < len(episode["steps"]) < 120
+    gripper = np.array([step["action"][6] for step in episode["steps"]])
+    assert set(gripper) == {-1, 1} and gripper[0] == -1      # open on the way, closed while carrying
+
+
+def test_episode_replays_to_success(sim, episode, config):
+    steps = episode["steps"]
+    sim.restore(episode["seed"], episode["state"])
+    for t, step in enumerate(steps):
+        if t in (0, 5, len(steps) - 1):
+            seen = sim.observe()
+            assert encode_jpeg(seen["image"], config.image_size, quality=config.jpeg_quality) == step["image"].tobytes()
+            assert np.array_equal(seen["state"], step["state"])
+        done = sim.step(step["action"], look=t + 1 in (5, len(steps) - 1))
+        assert done == (t == len(steps) - 1)
+
+
+def test_interrupted_run_resumes_and_writes_the_expected_features(episode, config, monkeypatch):
+    """The second attempt fails and the third is interrupted; a second run does neither of the first two again."""
+    tried = []
+
+    def fake(sim, seed, config):
+        tried.append(seed)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return None if seed % 10 == 1 else {**episode, "seed": seed}
+    monkeypatch.setattr(demos, "record", fake)
+    monkeypatch.setattr(demos, "sim_for", lambda suite, task: None)
+    with pytest.raises(KeyboardInterrupt):
+        demos.main(config)
+    assert tried == [90_000, 90_001, 90_002] and not config.out.exists()
+    with pytest.raises(ValueError, match="other settings"):
+        demos.main(demos.Config(**{**vars(config), "jpeg_quality": 50}))
+    demos.main(config)
+    assert tried[3:] == [90_002, 90_003]
+    assert not demos.staging(config).exists()
+    assert json.loads((config.out / "expert.json").read_text())["tasks"]["8"]["success_rate"] == 3 / 4
+    check_written(config.out, episode)
+    with pytest.raises(FileExistsError, match="tiny_rlds"):
+        demos.main(config)
+
+
+def check_written(folder, episode):
+    """What tensorflow-datasets reads back is modified_libero_rlds' layout with our own bytes and numbers."""
+    import tensorflow_datasets as tfds
+    assert sorted(path.name for path in (folder / "1.0.0").iterdir()) == [
+        "dataset_info.json", "features.json", "tiny_rlds-train.tfrecord-00000-of-00001"]
+    builder = tfds.builder_from_directory(folder / "1.0.0")
+    steps = builder.info.features["steps"].feature
+    text, flag = ((), "str"), ((), "bool")
+    assert {key: (value.shape, np.dtype(value.np_dtype).name if value.np_dtype is not object else "str")
+            for key, value in flat(steps)} == {
+        "observation/image": ((32, 32, 3), "uint8"), "observation/wrist_image": ((32, 32, 3), "uint8"),
+        "observation/state": ((8,), "float32"), "observation/joint_state": ((7,), "float32"),
+        "action": ((7,), "float32"), "language_instruction": text, "is_first": flag, "is_last": flag,
+        "is_terminal": flag, "reward": ((), "float32"), "discount": ((), "float32")}
+    keep = {"steps": {"observation": {key: tfds.decode.SkipDecoding() for key in ("image", "wrist_image")}}}
+    read = list(tfds.as_numpy(builder.as_dataset(split="train", decoders=keep)))
+    assert sorted(one["episode_metadata"]["seed"] for one in read) == [90_000, 90_002, 90_003]
+    for one in read:
+        assert np.array_equal(one["episode_metadata"]["state"], episode["state"])
+        got = list(one["steps"])
+        assert len(got) == len(episode["steps"])
+        for t, (a, b) in enumerate(zip(got, episode["steps"])):
+            last = t == len(got) - 1
+            assert a["observation"]["image"] == b["image"].tobytes()
+            assert np.array_equal(a["action"], b["action"]) and np.array_equal(a["observation"]["state"], b["state"])
+            assert a["language_instruction"] == b"put the bowl on the plate"
+            assert (a["is_first"], a["is_last"], a["is_terminal"], a["reward"]) == (t == 0, last, last, last)
+        assert Image.open(io.BytesIO(got[0]["observation"]["wrist_image"])).size == (32, 32)
+
+
+def flat(features, prefix=""):
+    """Leaves of a FeaturesDict as (path, feature)."""
+    for key, value in features.items():
+        if hasattr(value, "items"):
+            yield from flat(value, prefix + key + "/")
+        else:
+            yield prefix + key, value
+
+
+def test_failures_are_counted_and_end_a_hopeless_run(config):
+    done = {(8, 0): True, (8, 1): False, (8, 2): True}
+    assert [job[1:] for job in demos.missing(config, [8], done)] == [(8, 3)]
+    with pytest.raises(RuntimeError, match="task 8.*0 of 19"):
+        demos.missing(config, [8], {(8, j): False for j in range(19)})
+
+
+def test_bad_input_is_refused():
+    for wrong in ({"suite": "libero_gaol"}, {"task_ids": [10]}, {"episodes": 0}, {"jpeg_quality": 100}, {"seed": 9_999}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            demos.check(demos.Config(**wrong))
+    world = SimpleNamespace(parsed_problem={"goal_state": [["open", "wooden_cabinet_1_middle_region"]]})
+    with pytest.raises(ValueError, match="only picks and places"):
+        demos.Expert(SimpleNamespace(world=world, suite="libero_goal", task=0)).reset()

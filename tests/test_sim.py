@@ -1,0 +1,133 @@
+"""sim.py against the environment's own behaviour: frames, starts, settling, replay, errors."""
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin
+
+import sim as simulator
+
+ROOT = Path(__file__).parents[1]
+WIGGLE = np.c_[np.random.default_rng(0).normal(size=(9, 6)) * 0.2, -np.ones(9)]     # [9, 7] actions
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_lazy_frame_is_the_environments_own(sim, monkeypatch):
+    sim.start(3)
+    for action in WIGGLE:
+        sim.step(action, look=action is WIGGLE[-1])
+    sim.step(WIGGLE[0])
+    sim.step(WIGGLE[0], look=True)
+    lazy = sim.observe()
+    monkeypatch.setattr(sim, "_lazy", lambda sensor: sensor)      # the environment's own sensors, always drawing
+    sim.start(3)
+    for action in (*WIGGLE, WIGGLE[0], WIGGLE[0]):
+        sim.step(action)
+    for key, camera in simulator.CAMERAS.items():
+        assert np.array_equal(lazy[key], np.rot90(sim.observed[f"{camera}_image"], 2))
+
+
+def test_start_is_a_function_of_its_arguments(sim):
+    sim.start(4, widen=0.06)
+    first = sim.observe()
+    sim.start(5)
+    assert not same(first, sim.observe())
+    sim.start(4, widen=0.06)
+    assert same(first, sim.observe())
+
+
+def test_start_settles_and_looks_once(sim, monkeypatch):
+    calls, step = [], sim.step
+    monkeypatch.setattr(sim, "step", lambda action, look=False: (calls.append((tuple(action), look)), step(action, look)))
+    sim.start(0)
+    assert calls == [((0, 0, 0, 0, 0, 0, -1), False)] * 9 + [((0, 0, 0, 0, 0, 0, -1), True)]
+
+
+def test_widened_start_moves_the_handled_object_alone(sim):
+    assert sim.handled() == "akita_black_bowl_1"
+    sim.start(1)
+    before = {name: sim.position(name) for name in sim.world.obj_body_id}
+    sim.start(1, widen=0.06)
+    after = {name: sim.position(name) for name in before}
+    bowl = before.pop("akita_black_bowl_1") - after["akita_black_bowl_1"]
+    assert 0.005 < np.abs(bowl[:2]).max() < 0.065
+    for fixture in ("wooden_cabinet_1", "flat_stove_1", "wine_rack_1"):
+        assert np.array_equal(before[fixture], after[fixture])
+
+
+def test_widened_start_needs_a_free_place_and_an_object(sim, monkeypatch):
+    sim.start(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(simulator, "CLEARANCE", 1.0)
+        with pytest.raises(ValueError, match="no free place"):
+            sim.start(1, widen=0.06)
+    monkeypatch.setitem(sim.world.parsed_problem, "goal_state", [["open", "wooden_cabinet_1_middle_region"]])
+    with pytest.raises(ValueError, match="moves no object"):
+        sim.start(1, widen=0.06)
+
+
+def test_restore_is_exact(sim):
+    sim.start(2, widen=0.06)
+    for action in WIGGLE:
+        sim.step(action)
+    state, runs = sim.state(), []
+    for other in (7, 8):
+        sim.restore(2, state)
+        first = sim.observe()
+        for action in WIGGLE:
+            sim.step(action, look=True)
+        runs.append([first, sim.observe(), {"state": sim.state()}])
+        sim.start(other)
+    assert all(same(a, b) for a, b in zip(*runs))
+
+
+def test_observe_needs_a_look(sim):
+    sim.start(0)
+    seen = sim.observe()
+    assert {key: (value.shape, value.dtype.name) for key, value in seen.items()} == {
+        "image": ((256, 256, 3), "uint8"), "wrist_image": ((256, 256, 3), "uint8"),
+        "state": ((8,), "float32"), "joint_state": ((7,), "float32")}
+    sim.step(simulator.STILL)
+    with pytest.raises(RuntimeError, match="look=True"):
+        sim.observe()
+
+
+def test_axis_angle_equals_robosuites():
+    from robosuite.utils.transform_utils import quat2axisangle
+    for quat in np.random.default_rng(0).normal(size=(20, 4)):
+        quat /= np.linalg.norm(quat)
+        assert np.allclose(simulator.axis_angle(quat), quat2axisangle(quat.copy()), atol=1e-12)
+    assert np.array_equal(simulator.axis_angle(np.array([0, 0, 0, 1.0])), np.zeros(3))
+
+
+def test_written_jpeg_tells_how_to_write_the_same(sim):
+    sim.start(0)
+    frame = sim.observe()["image"]
+    written = simulator.encode_jpeg(frame, 96, quality=85)
+    with Image.open(io.BytesIO(written)) as image:
+        assert image.size == (96, 96)
+        options = {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
+    assert simulator.encode_jpeg(frame, 96, **options) == written
+    assert simulator.encode_jpeg(frame, 96, quality=50) != written
+
+
+def test_import_is_light():
+    code = "import sys, sim; print([name for name in ('mujoco', 'libero', 'torch', 'robosuite') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_errors_say_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match="libero_gaol.*libero_goal"):
+        simulator.Sim("libero_gaol", 0)
+    with pytest.raises(ValueError, match="task=10.*0 to 9"):
+        simulator.Sim("libero_goal", 10)
+    monkeypatch.setattr(simulator, "version", lambda name: "3.4.1")
+    with pytest.raises(RuntimeError, match="pip install mujoco==3.3.2"):
+        simulator.Sim("libero_goal", 8)

@@ -1,0 +1,392 @@
+"""Trains one of the five variants on RLDS data.
+
+    python train.py --variant la_align                                     # embedded data, tiny backbone, a laptop
+    torchrun --standalone train.py --variant la_direct                     # the same through torchrun
+    torchrun --standalone --nproc-per-node 8 train.py --variant la_cond --backbone Qwen/Qwen3-VL-2B-Instruct \\
+        --data /data/libero_goal_no_noops --global-batch-size 128 --learning-rate 1e-4 --max-steps 80000 \\
+        --lr-scheduler step --weight-decay 0.01 --warmup-ratio 0           # the paper's setting
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
+
+A run is one folder: config.json, dataset_statistics.json, model.safetensors (trainable weights), log.jsonl (one object
+per step) and training.safetensors (what --resume needs). The global batch of a step is a pure function of (seed, step),
+so one process, n processes and any accumulation train alike, to rounding.
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
+
+from common import (
+    Log,
+    Meter,
+    all_sum,
+    commit,
+    learning_rate,
+    load_optimizer,
+    load_tensors,
+    load_trainable,
+    new_directory,
+    optimizer_tensors,
+    parameter_groups,
+    print0,
+    save_tensors,
+    start_ranks,
+    stop_ranks,
+    trainable_tensors,
+    write_json,
+)
+from data import (
+    CACHE,
+    Chunks,
+    StepBatches,
+    label_path,
+    load_labels,
+    open_index,
+    split_episodes,
+    statistics,
+    steps_of,
+)
+from latent import load_tokenizer
+from model import VARIANTS, VLA, Spec, base_hash, request_ids, text_tokenizer
+
+FREE_TO_CHANGE = {"resume", "cache", "num_workers", "save_every", "val_every", "wandb_project", "per_device_batch_size"}  # by a resume
+LOG_EVERY = 20  # steps between writes of the log: losses stay on the device until then
+
+
+@dataclass
+class Config:
+    variant: Literal["baseline", "la_align", "la_direct", "la_cond", "la_tok"] = "la_align"
+    """which of the paper's five models"""
+    data: tuple[Path, ...] = (Path("data/libero_tiny"),)
+    """RLDS data sets, one folder each"""
+    data_weights: tuple[float, ...] = ()
+    """how often each data set's samples occur in an epoch (default: once)"""
+    out: str = ""
+    """folder of the run (default: runs/<variant>-<time>)"""
+    resume: bool = False
+    """continue the run in --out from its last save, or start it if there is none"""
+    cache: Path = CACHE
+    """where indices and labels are kept"""
+    labels: tuple[Path, ...] = ()
+    """latent label file of each data set (default: beside the data, else in the cache)"""
+    tokenizer: str = ""
+    """folder of the action tokenizer for la_tok (default: tokenizer/ beside the data)"""
+    align_target: Literal["continuous", "quantised"] = "continuous"
+    """image latents that la_align and --continuous learn from: before, or (labels of the paper's release) after quantisation"""
+
+    backbone: str = "tiny"
+    """tiny, or a Qwen3-VL checkpoint directory or hub id"""
+    lora_rank: int = 64
+    """rank of LoRA on all linear layers of a pretrained backbone"""
+    lora_alpha: int = 16
+    """scale of LoRA: alpha / rank"""
+    image_size: int = 0
+    """side of the images that the backbone sees (default: as stored, rounded down to a multiple of 32)"""
+    cameras: tuple[str, ...] = ()
+    """image features to use, in this order (default: all)"""
+    use_wrist_image: bool = True
+    """with the default cameras: keep those with 'wrist' in their name"""
+    use_proprio: bool = True
+    """give the head the proprioceptive state"""
+    chunk: int = 8
+    """actions predicted at once"""
+    text_length: int = 0
+    """tokens reserved for an instruction (default: the longest of the data, rounded up to a multiple of 8)"""
+    head_width: int = 0
+    """width of the action head (default: the backbone's, at most 1024)"""
+
+    loss: Literal["l1", "l2"] = "l1"
+    """error of the actions"""
+    latent_weight: float = -1.0
+    """lambda, the weight of the latent loss (negative: the variant's own)"""
+    continuous: bool = False
+    """ablation: la_direct, la_cond and la_tok regress vectors instead of classifying codes"""
+    align_layer: int = 0
+    """ablation: the layer that la_align reads (default: 17 of 28, scaled)"""
+    placeholders_per_step: int = 1
+    """ablation: action placeholders per chunk step of the baseline"""
+
+    global_batch_size: int = 16
+    """samples per optimizer step, over all processes"""
+    per_device_batch_size: int = 0
+    """samples per forward pass of one process (default: all of its share)"""
+    learning_rate: float = 1e-3
+    """peak learning rate (the paper: 1e-4 with a pretrained backbone)"""
+    lr_scheduler: Literal["constant", "step", "cosine"] = "cosine"
+    """constant, halved every --lr-decay-every steps (the paper), or cosine to 1 %"""
+    lr_decay_every: int = 10_000
+    """steps between halvings of the step schedule"""
+    warmup_ratio: float = 0.01
+    """share of the steps in which the learning rate rises from 0"""
+    weight_decay: float = 1e-4
+    """decay of matrices; norms, biases and queries are never decayed"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    max_steps: int = 8000
+    """optimizer steps"""
+    epochs: float = 0.0
+    """passes over the data; replaces --max-steps when positive"""
+    image_aug: bool = True
+    """random crop, brightness, contrast, saturation and hue"""
+    val_fraction: float = 0.05
+    """share of the episodes held out; their action L1 is logged"""
+    val_every: int = 1000
+    """steps between evaluations on held-out episodes"""
+    save_every: int = 1000
+    """steps between saves"""
+    seed: int = 0
+    """of weights, order and augmentation"""
+    num_workers: int = 1
+    """processes per rank that decode images (0: the training process itself)"""
+    wandb_project: str = ""
+    """log to this wandb project too"""
+
+
+def check(config, world):
+    """Raises ValueError naming the field and the value of what cannot work, before anything is loaded."""
+    shares = config.global_batch_size / world
+    if shares != int(shares) or shares < 1:
+        raise ValueError(f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes")
+    if config.per_device_batch_size and shares % config.per_device_batch_size:
+        raise ValueError(f"per_device_batch_size is {config.per_device_batch_size}; it must divide the {int(shares)} samples of each process")
+    for name in ("data_weights", "labels"):
+        if getattr(config, name) and len(getattr(config, name)) != len(config.data):
+            raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
+    if config.resume and not config.out:
+        raise ValueError("resume is set but out is not: say which run to continue with --out")
+
+
+def load_targets(config, indices):
+    """(labels per data set or None, action tokenizer or None): what the variant's latent loss compares with.
+
+    Raises FileNotFoundError with the command that makes what is missing, ValueError when it does not fit the data.
+    """
+    target = VARIANTS[config.variant].target
+    if target == "action":
+        folder = Path(config.tokenizer or config.data[0] / "tokenizer")
+        if not folder.exists():
+            raise FileNotFoundError(f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
+                                    f"python latent.py tokenizer --data {config.data[0]} --out {folder}")  # fmt: skip
+        return None, load_tokenizer(folder)
+    if not target:
+        return None, None
+    labels = [_load_labels(config, number, index) for number, index in enumerate(indices)]
+    kinds = {(found.delta, found.fingerprint, found.num_codes) for found in labels}
+    if len(kinds) > 1:
+        raise ValueError(f"the labels of these data sets come from different latent models (delta, fingerprint, codes): {kinds}")
+    return labels, None
+
+
+def _load_labels(config, number, index):
+    path = config.labels[number] if config.labels else label_path(index, config.data[number])
+    labels = load_labels(index, path)
+    if labels is None:
+        folder = config.data[number]
+        raise FileNotFoundError(f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
+                                f"python latent.py lam --data {folder} --out runs/lam && python latent.py label --data {folder} --lam runs/lam")  # fmt: skip
+    if (config.variant == "la_align" or config.continuous) and labels.quantised != (config.align_target == "quantised"):
+        raise ValueError(f"the labels of {index.name} hold {'quantised' if labels.quantised else 'continuous'} vectors, but align_target is '{config.align_target}'")
+    return labels
+
+
+def make_spec(config, indices, cameras, labels, tokenizer):
+    """Sizes from the data, the labels and the config."""
+    target = tokenizer or (labels[0] if labels else None)
+    stored = indices[0].image(cameras[0], 0).shape[0]
+    texts, words = {text for index in indices for text in index.instructions}, text_tokenizer(config.backbone)
+    longest = max(len(request_ids(words, text, config.chunk)) for text in texts)
+    return Spec(
+        variant=config.variant, backbone=config.backbone, cameras=len(cameras), image_size=config.image_size or stored // 32 * 32,
+        text_length=config.text_length or (longest + 7) // 8 * 8, chunk=config.chunk, action_size=indices[0].columns["action"].shape[1],
+        proprio_size=indices[0].columns["state"].shape[1] if config.use_proprio else 0,
+        codes_per_step=labels[0].codes.shape[1] if labels else 1, num_codes=target.num_codes if target else 0,
+        code_dim=target.dim if target else 0, action_loss=config.loss, continuous=config.continuous, align_layer=config.align_layer,
+        placeholders_per_step=config.placeholders_per_step, latent_weight=config.latent_weight, lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha, head_width=config.head_width, gate=1.0 if config.backbone == "tiny" else 0.0,
+    )  # fmt: skip
+
+
+def describe(index, cameras):
+    """What evaluation must know of a data set: how its images were stored, and where its episodes start."""
+    meta = index.metadata
+    known = {"suite": meta["suite"][0], "tasks": sorted(set(meta["task"])), "widen": meta["widen"][0], "seeds": [min(meta["seed"]), max(meta["seed"])]} if "suite" in meta else {}
+    return {"name": index.name, "fingerprint": index.fingerprint, "cameras": {c: index.jpeg_options(c) for c in cameras}, "instructions": sorted(set(index.instructions))} | known
+
+
+def choose_cameras(config, index):
+    """The cameras in their order: as asked for, else the main one first and, unless switched off, the wrist's."""
+    every = sorted(index.images, key=lambda name: ("wrist" in name, name))
+    return list(config.cameras) or [name for name in every if config.use_wrist_image or "wrist" not in name]
+
+
+def to_device(batch, device):
+    """Moves a batch's tensors, images included."""
+    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+    return {key: [move(v) for v in value] if key == "images" else move(value) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def add_action_codes(batch, tokenizer):
+    """la_tok's targets: the action tokenizer's codes i64 [B, H, 1] and vectors f32 [B, H, 1, d] of the true chunk."""
+    codes, vectors = tokenizer.encode(batch["actions"])
+    return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}
+
+
+@torch.no_grad()
+def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
+    """Mean absolute error of the normalised actions on an even choice of held-out steps, over all processes."""
+    steps = [(number, int(step)) for number, chosen in enumerate(held_out) for step in chosen]
+    steps = steps[:: max(1, len(steps) // samples)][ranks.rank :: ranks.world]
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    vla.eval()
+    for at in range(0, len(steps), batch_size):
+        batch = to_device(default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]]), ranks.device)
+        error = (vla.run(batch)[0] - batch["actions"]).abs() * batch["valid"][:, :, None]
+        total += torch.stack([error.sum(), batch["valid"].sum() * error.shape[2]])
+    vla.train()
+    total = all_sum(total)
+    return (total[0] / total[1]).item()
+
+
+def save(run, vla, optimizer, step):
+    """Weights for evaluation, and one file with all that continuing after `step` steps needs."""
+    weights = trainable_tensors(vla)
+    save_tensors(run / "training.safetensors", weights | optimizer_tensors(optimizer), step=step)
+    save_tensors(run / "model.safetensors", weights, step=step)
+
+
+def restore(run, vla, optimizer):
+    """The number of steps done by the run that `save` wrote; puts its weights and optimizer back."""
+    tensors, info = load_tensors(run / "training.safetensors")
+    moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    load_trainable(vla, tensors, run / "training.safetensors")
+    load_optimizer(optimizer, moments)
+    return int(info["step"])
+
+
+def prepare_run(config, ranks, description):
+    """Creates the folder with config.json, or checks that a run to be resumed had the same config. Returns (folder, resuming)."""
+    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if config.resume and (run / "training.safetensors").exists():
+        before = json.loads((run / "config.json").read_text())["train"]
+        changed = {k: (before.get(k), v) for k, v in description["train"].items() if before.get(k) != v and k not in FREE_TO_CHANGE}
+        if changed:
+            raise ValueError(f"{run} was trained with other settings: " + ", ".join(f"{k} {a} (now {b})" for k, (a, b) in changed.items()))
+        return run, True
+    if ranks.main:
+        new_directory(run)
+        write_json(run / "config.json", description)
+    return run, False
+
+
+def write_log(log, pending, ranks):
+    """Averages the waiting steps' losses over all processes in one go, writes one line per step, returns the last."""
+    names = list(pending[0]["totals"])
+    values = torch.stack([torch.stack([entry["totals"][name].float() for name in names]) for entry in pending])
+    rows = (all_sum(values) / ranks.world).tolist()  # [steps, losses]
+    entries = [entry | dict(zip(names, row)) for entry, row in zip(pending, rows)]
+    for entry in entries:
+        del entry["totals"]
+        log.write(**entry)
+    pending.clear()
+    return entries[-1]
+
+
+def setup(config, ranks):
+    """Everything the loop needs: data, targets, model, optimizer, run folder."""
+    check(config, ranks.world)
+    indices = [open_index(folder, config.cache) for folder in config.data]
+    cameras = choose_cameras(config, indices[0])
+    labels, tokenizer = load_targets(config, indices)
+    stats = [statistics(index) for index in indices]
+    split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
+    dataset = Chunks(indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, [kept for kept, _ in split])
+    held_out = [steps_of(index, held) for index, (_, held) in zip(indices, split)]
+    torch.manual_seed(config.seed)
+    vla = VLA(make_spec(config, indices, cameras, labels, tokenizer)).to(ranks.device)
+    description = {
+        "train": json.loads(json.dumps(asdict(config), default=str)), "model": asdict(vla.spec), "base_hash": base_hash(vla),
+        "data": [describe(index, cameras) for index in indices], "command": sys.argv, "commit": commit(), "torch": torch.__version__,
+    }  # fmt: skip
+    run, resuming = prepare_run(config, ranks, description)
+    if ranks.main:
+        write_json(run / "dataset_statistics.json", {index.name: s for index, s in zip(indices, stats)})
+    return dataset, held_out, vla, tokenizer.to(ranks.device) if tokenizer else None, run, resuming, description
+
+
+def main(config):
+    """Trains one run; returns its folder."""
+    ranks = start_ranks()
+    dataset, held_out, vla, tokenizer, run, resuming, description = setup(config, ranks)
+    optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
+    first = restore(run, vla, optimizer) if resuming else 0
+    share = config.global_batch_size // ranks.world
+    micro = config.per_device_batch_size or share
+    accumulation = share // micro
+    steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size) if config.epochs > 0 else config.max_steps
+    sampler = StepBatches(first, steps, config.global_batch_size, micro, ranks.rank, ranks.world)
+    cuda = ranks.device.type == "cuda"
+    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, pin_memory=cuda))
+    ddp = DistributedDataParallel(vla, broadcast_buffers=False) if ranks.world > 1 else vla
+    log = Log(run, ranks.main, first, config.wandb_project, description)
+    trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    print0(f"{config.variant}: {trained:,} trained parameters, {dataset.epoch_length:,} samples an epoch, {steps} steps of "
+           f"{config.global_batch_size} on {ranks.world} x {ranks.device.type}")  # fmt: skip
+
+    meter, pending = Meter(), []
+    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
+    for step in bar:
+        lr = learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_ratio, config.lr_decay_every)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        totals = {}
+        for part in range(accumulation):
+            batch = to_device(next(batches), ranks.device)
+            if tokenizer:
+                batch = add_action_codes(batch, tokenizer)
+            if not config.image_aug:
+                del batch["draws"]
+            wait = nullcontext() if ranks.world == 1 or part == accumulation - 1 else ddp.no_sync()
+            with wait, torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+                losses = ddp(batch)
+                (losses["loss"] / accumulation).backward()
+            totals = {name: totals.get(name, 0) + value.detach() / accumulation for name, value in losses.items()}
+
+        totals["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        pending.append({"step": step, "lr": lr, "samples_per_s": meter.tick(config.global_batch_size), "totals": totals})
+        validating = any(map(len, held_out)) and (done % config.val_every == 0 or done == steps)
+        if validating:
+            pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
+        if validating or done % LOG_EVERY == 0 or done == steps:
+            shown = write_log(log, pending, ranks)
+            bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
+        if ranks.main and (done % config.save_every == 0 or done == steps):
+            save(run, vla, optimizer, done)
+
+    log.close()
+    stop_ranks()
+    print0(f"run: {run}\nnext: python eval.py {run}")
+    return run
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
