@@ -16,8 +16,6 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-NO_DECAY = ("norm", "bias", "queries", "gate")  # a parameter whose name holds one of these words is not decayed
-
 
 @dataclass
 class Ranks:
@@ -37,7 +35,9 @@ def start_ranks():
 
     On a CPU one thread is used unless OMP_NUM_THREADS says otherwise.
     """
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local, world = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     cuda = torch.cuda.is_available()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # tiny models gain little from more, and lose much when a core is busy
@@ -99,10 +99,11 @@ def learning_rate(step, steps, peak, schedule, warmup_ratio=0.0, decay_every=10_
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW groups over the trainable parameters: matrices decay; norms, biases, queries, gates and vectors do not."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim < 2 or any(word in name for word in NO_DECAY)]
-    decayed = [p for name, p in named if not (p.ndim < 2 or any(word in name for word in NO_DECAY))]
+    """AdamW groups over the trainable parameters: matrices decay; vectors (norms, biases, gates) and queries do not."""
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or "queries" in name else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
@@ -111,10 +112,12 @@ def parameter_groups(module, weight_decay):
 
 
 def new_directory(path):
-    """Creates the folder of a run. Raises FileExistsError when something is there already: no run is ever overwritten."""
+    """Creates the folder of a run. Raises FileExistsError if something is there already: no run is ever overwritten."""
     path = Path(path)
     if path.exists() and any(path.iterdir()):
-        raise FileExistsError(f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume.")
+        raise FileExistsError(
+            f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
+        )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -131,7 +134,11 @@ def save_tensors(path, tensors, **info):
     """safetensors under a temporary name, then renamed. `info` becomes the file's metadata, as strings."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, {k: str(v) for k, v in info.items()})
+    save_file(
+        {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
+        temporary,
+        {k: str(v) for k, v in info.items()},
+    )
     temporary.replace(path)
 
 
@@ -148,12 +155,25 @@ def trainable_tensors(module):
 
 
 def load_trainable(module, tensors, source):
-    """Puts back what `trainable_tensors` returned. Raises ValueError listing what is missing, unknown or of another shape."""
+    """Puts back what `trainable_tensors` returned.
+
+    Raises ValueError listing what is missing, unknown or of another shape.
+    """
     expected = trainable_tensors(module)
-    wrong = [f"missing {n}" for n in expected.keys() - tensors.keys()] + [f"unknown {n}" for n in tensors.keys() - expected.keys()]
-    wrong += [f"{n} is {tuple(tensors[n].shape)}, the model's is {tuple(expected[n].shape)}" for n in expected.keys() & tensors.keys() if tensors[n].shape != expected[n].shape]
+    wrong = [f"missing {n}" for n in expected.keys() - tensors.keys()] + [
+        f"unknown {n}" for n in tensors.keys() - expected.keys()
+    ]
+    wrong += [
+        f"{n} is {tuple(tensors[n].shape)}, the model's is {tuple(expected[n].shape)}"
+        for n in expected.keys() & tensors.keys()
+        if tensors[n].shape != expected[n].shape
+    ]
     if wrong:
-        raise ValueError(f"{source} does not fit this model: " + "; ".join(sorted(wrong)[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        raise ValueError(
+            f"{source} does not fit this model: "
+            + "; ".join(sorted(wrong)[:8])
+            + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        )
     module.load_state_dict(tensors, strict=False)
 
 
@@ -173,7 +193,7 @@ def load_optimizer(optimizer, tensors):
 
 
 class Log:
-    """One JSON object per line in `<folder>/log.jsonl`, and wandb on request. Does nothing on other ranks than the first.
+    """One JSON object per line in `<folder>/log.jsonl`, and wandb on request. Does nothing on ranks but the first.
 
     `first_step`: entries of this step and later ones are cut off (they are trained again after a resume).
     """
@@ -183,7 +203,11 @@ class Log:
         if not main:
             return
         path = Path(folder) / "log.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step] if path.exists() else []
+        kept = (
+            [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+            if path.exists()
+            else []
+        )
         path.write_text("".join(line + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)
         if wandb_project:

@@ -3,7 +3,8 @@
 An RLDS data set is a folder of TFRecord shards with one `tf.train.Example` per episode, as tensorflow-datasets writes
 it. One pass over the shards verifies every checksum and notes where each JPEG lies (shard, offset, length); the small
 columns (actions, states, ...) go to .npy files. Training then reads the JPEGs in place: a true global shuffle and
-random access, no copy of the data, no TensorFlow. Left out: other image encodings, nested sequences, splits but `train`.
+random access, no copy of the data, no TensorFlow.
+Left out: other image encodings, nested sequences, splits but `train`.
 
     python data.py data/libero_tiny          # what is in a data set: counts, shapes, statistics, a contact sheet
 
@@ -14,7 +15,6 @@ import functools
 import hashlib
 import io
 import json
-import mmap
 import os
 import struct
 import tempfile
@@ -31,6 +31,7 @@ from safetensors import safe_open
 CACHE = Path("~/.cache/latent-actions")  # where indices and labels live unless --cache says otherwise
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
 INDEX_FORMAT = 1  # raise when the cached files change their meaning
+COPY_AGAIN = "Copy it again from where it came."
 RLDS_CODES = 16  # codebook size behind `latent_idx` in the RLDS release of the paper
 
 
@@ -39,45 +40,38 @@ RLDS_CODES = 16  # codebook size behind `latent_idx` in the RLDS release of the 
 
 
 def read_records(path):
-    """Yields (offset, payload as memoryview, checksum word) of each TFRecord in `path`.
+    """Yields (offset of the payload, payload, checksum word) of each TFRecord in `path`.
 
     Framing: u64 length, u32 masked CRC-32C of it, payload, u32 masked CRC-32C of the payload, all little-endian.
     Raises ValueError naming the file and the offset when a record is cut short or a checksum does not match.
     """
-    if path.stat().st_size == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view, at = memoryview(mapped), 0
-        try:
-            while at < len(view):
-                payload, word = _record(view, at, path)
-                yield at + 12, payload, word
-                at += 16 + len(payload)
-                payload.release()
-        finally:
-            view.release()
-
-
-def _record(view, at, path):
-    if at + 12 > len(view):
-        raise ValueError(f"{path}: record at byte {at} is cut short: its header needs 12 bytes, {len(view) - at} are left. Copy the file again.")
-    length, length_crc = struct.unpack_from("<QI", view, at)
-    if masked_crc(view[at : at + 8]) != length_crc:
-        raise ValueError(f"{path}: wrong checksum of the record length at byte {at}. The file is corrupt: copy it again.")
-    if at + 16 + length > len(view):
-        raise ValueError(f"{path}: record at byte {at} is cut short: {length + 16} bytes expected, {len(view) - at} are left. Copy the file again.")
-    payload = view[at + 12 : at + 12 + length]
-    (word,) = struct.unpack_from("<I", view, at + 12 + length)
-    if masked_crc(payload) != word:
-        raise ValueError(f"{path}: wrong checksum of the record at byte {at} ({length} bytes). The file is corrupt: copy it again.")
-    return payload, word
+    at, size = 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while at < size:
+            header = file.read(12)
+            length, length_crc = struct.unpack("<QI", header) if len(header) == 12 else (0, None)
+            if length_crc is not None and masked_crc(header[:8]) != length_crc:
+                raise ValueError(
+                    f"{path}: wrong checksum of the record length at byte {at}: the file is corrupt. {COPY_AGAIN}"
+                )
+            if at + 16 + length > size:
+                raise ValueError(
+                    f"{path}: the record at byte {at} is cut short: the file ends at byte {size}. {COPY_AGAIN}"
+                )
+            payload, (word,) = file.read(length), struct.unpack("<I", file.read(4))
+            if masked_crc(payload) != word:
+                raise ValueError(
+                    f"{path}: wrong checksum of the record at byte {at}: the file is corrupt. {COPY_AGAIN}"
+                )
+            yield at + 12, payload, word
+            at += 16 + length
 
 
 def masked_crc(buffer):
-    """TFRecord's masked CRC-32C of a bytes-like object, as int."""
+    """TFRecord's masked CRC-32C of some bytes, as int."""
     import google_crc32c  # only indexing needs it, so a machine that only trains on a cached index does without
 
-    crc = google_crc32c.value(bytes(buffer))
+    crc = google_crc32c.value(buffer)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -115,7 +109,7 @@ def parse_example(buf):
         for _, entry, entry_end in _fields(buf, features, features_end):
             (_, key, key_end), (_, feature, feature_end) = _fields(buf, entry, entry_end)
             for kind, start, end in _fields(buf, feature, feature_end):
-                values[bytes(buf[key:key_end]).decode()] = _feature_list(buf, kind, start, end)
+                values[buf[key:key_end].decode()] = _feature_list(buf, kind, start, end)
     return values
 
 
@@ -126,7 +120,7 @@ def _feature_list(buf, kind, start, end):
         return np.zeros(0, np.float32 if kind == 2 else np.int64)
     ((_, start, end),) = _fields(buf, start, end)  # packed numbers
     if kind == 2:
-        return np.frombuffer(buf[start:end], "<f4").copy()
+        return np.frombuffer(buf[start:end], "<f4")
     numbers = []
     while start < end:
         number, start = _varint(buf, start)
@@ -139,18 +133,26 @@ def _feature_list(buf, kind, start, end):
 
 
 def version_dir(path):
-    """The folder with `features.json`: `path` itself or its only version folder. Raises FileNotFoundError or ValueError."""
+    """The folder with `features.json`: `path` itself or its only version folder.
+
+    Raises FileNotFoundError or ValueError.
+    """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no such data directory: {path}. Give --data a folder with an RLDS data set (features.json, *.tfrecord-*).")
+        raise FileNotFoundError(
+            f"no such data directory: {path}. Give --data a folder with an RLDS data set (features.json, *.tfrecord-*)."
+        )
     found = [path] if (path / "features.json").exists() else sorted(p.parent for p in path.glob("*/features.json"))
     if len(found) != 1:
-        raise ValueError(f"{path} holds {len(found)} RLDS data sets ({', '.join(p.name for p in found) or 'no features.json'}); give --data the folder of one.")
+        raise ValueError(
+            f"{path} holds {len(found)} RLDS data sets ({', '.join(p.name for p in found) or 'no features.json'}); "
+            "give --data the folder of one."
+        )
     return found[0]
 
 
 def read_features(directory):
-    """{feature name as in the records: ("image" | "text" | "tensor", dtype, shape)} from tensorflow-datasets' features.json."""
+    """tensorflow-datasets' features.json as {name in the records: ("image" | "text" | "tensor", dtype, shape)}."""
     found = {}
 
     def walk(node, name):
@@ -171,7 +173,10 @@ def read_features(directory):
 
 
 def shard_paths(directory):
-    """The train split's shards in order, named by tensorflow-datasets' own metadata. Raises if there is none or one is missing."""
+    """The train split's shards in order, named by tensorflow-datasets' own metadata.
+
+    Raises if there is none or one is missing.
+    """
     info = json.loads((directory / "dataset_info.json").read_text())
     split = next((s for s in info["splits"] if s["name"] == "train"), None)
     if split is None:
@@ -182,7 +187,9 @@ def shard_paths(directory):
     paths = [directory / template.format(SHARD_X_OF_Y=f"{i:05d}-of-{n:05d}", **words) for i in range(n)]
     missing = [str(p) for p in paths if not p.exists()]
     if missing or not paths:
-        raise FileNotFoundError(f"{directory}: {len(missing)} of {n} shards are missing: {missing[:3]}. Copy the data set again.")
+        raise FileNotFoundError(
+            f"{directory}: {len(missing)} of {n} shards are missing: {missing[:3]}. Copy the data set again."
+        )
     return info["name"], paths
 
 
@@ -220,7 +227,7 @@ class Index:
         return np.asarray(Image.open(io.BytesIO(self.jpeg(camera, step))).convert("RGB"))
 
     def jpeg_options(self, camera):
-        """How the images were stored: {"size", "qtables", "subsampling"}, so that evaluation can store its own alike."""
+        """How the images were stored: {"size", "qtables", "subsampling"}, so evaluation can store its own alike."""
         image = Image.open(io.BytesIO(self.jpeg(camera, 0)))
         tables = [list(table) for _, table in sorted(image.quantization.items())]
         return {"size": image.height, "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
@@ -240,8 +247,21 @@ def open_index(path, cache=CACHE):
     if not (folder / "index.json").exists():
         _write_index(folder, *_scan(shards, read_features(directory), features))
     info = json.loads((folder / "index.json").read_text())
-    arrays = {kind: {n: np.load(folder / f"{kind}.{n}.npy", mmap_mode="r") for n in info[kind]} for kind in ("images", "columns")}
-    return Index(name, directory, folder, info["fingerprint"], shards, np.load(folder / "starts.npy"), **arrays, instructions=info["instructions"], metadata=info["metadata"])
+    arrays = {
+        kind: {n: np.load(folder / f"{kind}.{n}.npy", mmap_mode="r") for n in info[kind]}
+        for kind in ("images", "columns")
+    }
+    return Index(
+        name,
+        directory,
+        folder,
+        info["fingerprint"],
+        shards,
+        np.load(folder / "starts.npy"),
+        **arrays,
+        instructions=info["instructions"],
+        metadata=info["metadata"],
+    )
 
 
 def _scan(shards, features, salt):
@@ -257,12 +277,17 @@ def _scan(shards, features, salt):
             except (ValueError, KeyError, IndexError) as error:
                 raise ValueError(f"{path}: record at byte {offset - 12}: {error}") from error
             start, length = example["steps/language_instruction"][0]
-            instructions.append(bytes(payload[start : start + length]).decode())
+            instructions.append(payload[start : start + length].decode())
     if not lengths:
         raise ValueError(f"{shards[0].parent}: no episode in {len(shards)} shards")
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     info = {"fingerprint": digest.hexdigest()[:16], "instructions": instructions, "metadata": metadata}
-    return {k: np.concatenate(v) for k, v in images.items()}, {k: np.concatenate(v) for k, v in columns.items()}, starts, info
+    return (
+        {k: np.concatenate(v) for k, v in images.items()},
+        {k: np.concatenate(v) for k, v in columns.items()},
+        starts,
+        info,
+    )
 
 
 def _append_episode(example, features, payload, shard, offset, images, columns, metadata):
@@ -274,7 +299,9 @@ def _append_episode(example, features, payload, shard, offset, images, columns, 
             metadata.setdefault(short, []).append(_metadata(value, payload, kind, dtype, shape))
         elif kind == "image":
             _check_length(name, len(value), steps)
-            images.setdefault(short, []).append(np.array([(shard, offset + start, length) for start, length in value], np.int64))
+            images.setdefault(short, []).append(
+                np.array([(shard, offset + start, length) for start, length in value], np.int64)
+            )
         elif kind == "tensor":
             _check_length(name, value.size, steps * int(np.prod(shape)))
             columns.setdefault(short, []).append(value.reshape(steps, *shape).astype(dtype))
@@ -285,7 +312,7 @@ def _metadata(value, payload, kind, dtype, shape):
     """One episode's value as JSON holds it; tensors may be stored as packed numbers or as raw bytes."""
     if isinstance(value, list):
         start, length = value[0]
-        raw = bytes(payload[start : start + length])
+        raw = payload[start : start + length]
         if kind == "text":
             return raw.decode()
         value = np.frombuffer(raw, dtype)
@@ -330,7 +357,7 @@ def to_robosuite(action):
 
 
 def statistics(index):
-    """{"action": {...}, "proprio": {...}, "num_transitions", "num_trajectories"} over all steps, in OpenVLA's layout."""
+    """{"action": {...}, "proprio": {...}, "num_transitions", "num_trajectories"} over all steps in OpenVLA's layout."""
     action, proprio = standardise(index.columns["action"]), index.columns["state"]
     result = {"action": _moments(action), "proprio": _moments(proprio)}
     result["action"]["mask"] = [True] * (action.shape[1] - 1) + [False]  # the gripper passes through unchanged
@@ -339,7 +366,14 @@ def statistics(index):
 
 def _moments(x):
     x = np.asarray(x, np.float64)
-    rows = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "q01": np.quantile(x, 0.01, 0), "q99": np.quantile(x, 0.99, 0)}
+    rows = {
+        "mean": x.mean(0),
+        "std": x.std(0),
+        "min": x.min(0),
+        "max": x.max(0),
+        "q01": np.quantile(x, 0.01, 0),
+        "q99": np.quantile(x, 0.99, 0),
+    }
     return {name: row.tolist() for name, row in rows.items()}
 
 
@@ -392,8 +426,9 @@ def label_path(index, data):
 
 
 def load_labels(index, path, delta=None):
-    """Labels from `path` (made by `latent.py label`), else from the data's own `latent_idx` / `latent_z`, else None.
+    """Labels from the file `path` (made by `latent.py label`), else from the data's own `latent_idx` / `latent_z`.
 
+    Returns None when there are neither.
     Raises ValueError when the file was made from other data, or when `delta` is given and differs.
     """
     path = Path(path)
@@ -401,8 +436,18 @@ def load_labels(index, path, delta=None):
         with safe_open(path, "numpy") as file:
             info = file.metadata()
             if info["data"] != index.fingerprint:
-                raise ValueError(f"{path} labels the data set with fingerprint {info['data']}, but {index.directory} has {index.fingerprint}. Make them again: python latent.py label")
-            labels = Labels(file.get_tensor("codes"), file.get_tensor("vectors"), int(info["delta"]), int(info["num_codes"]), False, info["lam"])
+                raise ValueError(
+                    f"{path} labels the data set with fingerprint {info['data']}, but {index.directory} has "
+                    f"{index.fingerprint}. Make them again: python latent.py label"
+                )
+            labels = Labels(
+                file.get_tensor("codes"),
+                file.get_tensor("vectors"),
+                int(info["delta"]),
+                int(info["num_codes"]),
+                False,
+                info["lam"],
+            )
     elif "latent_idx" in index.columns:
         codes = index.columns["latent_idx"]
         vectors = index.columns["latent_z"].reshape(*codes.shape, -1)
@@ -432,7 +477,14 @@ class Chunks(torch.utils.data.Dataset):
 
     def __init__(self, indices, stats, cameras, chunk, seed=0, labels=None, weights=None, episodes=None):
         """stats: one `statistics` per index; episodes: per index the episodes to use (default: all)."""
-        self.indices, self.stats, self.cameras, self.chunk, self.seed, self.labels = indices, stats, cameras, chunk, seed, labels
+        self.indices, self.stats, self.cameras, self.chunk, self.seed, self.labels = (
+            indices,
+            stats,
+            cameras,
+            chunk,
+            seed,
+            labels,
+        )
         _check_same_sizes(indices, cameras)
         self.steps = [steps_of(index, chosen) for index, chosen in zip(indices, episodes or [None] * len(indices))]
         self.weights = weights or [1.0] * len(indices)
@@ -494,12 +546,17 @@ def _check_same_sizes(indices, cameras):
     for index in indices:
         missing = [c for c in cameras if c not in index.images]
         if missing:
-            raise ValueError(f"{index.name} has no camera {missing}; it has {list(index.images)}. Choose with --cameras.")
+            raise ValueError(
+                f"{index.name} has no camera {missing}; it has {list(index.images)}. Choose with --cameras."
+            )
         for name in ("action", "state"):
             if name not in index.columns:
                 raise ValueError(f"{index.name} has no steps feature '{name}'; it has {list(index.columns)}")
             if index.columns[name].shape[1:] != indices[0].columns[name].shape[1:]:
-                raise ValueError(f"{name} has shape {index.columns[name].shape[1:]} in {index.name} but {indices[0].columns[name].shape[1:]} in {indices[0].name}; they cannot be mixed.")
+                raise ValueError(
+                    f"{name} has shape {index.columns[name].shape[1:]} in {index.name} but "
+                    f"{indices[0].columns[name].shape[1:]} in {indices[0].name}; they cannot be mixed."
+                )
 
 
 def split_episodes(index, val_fraction, seed):
@@ -511,10 +568,16 @@ def split_episodes(index, val_fraction, seed):
 
 
 class StepBatches(torch.utils.data.Sampler):
-    """Sample positions of each micro-batch of this rank: of the global batch of step s, rows rank::world, cut in order."""
+    """Sample positions of this rank's micro-batches: of the global batch of step s, rows rank::world, cut in order."""
 
     def __init__(self, first_step, last_step, global_batch, micro_batch, rank=0, world=1):
-        self.steps, self.global_batch, self.micro_batch, self.rank, self.world = range(first_step, last_step), global_batch, micro_batch, rank, world
+        self.steps, self.global_batch, self.micro_batch, self.rank, self.world = (
+            range(first_step, last_step),
+            global_batch,
+            micro_batch,
+            rank,
+            world,
+        )
 
     def __iter__(self):
         for step in self.steps:
@@ -563,17 +626,23 @@ def jitter(pixels, u):
 
     Saturation and hue are a scaling and a rotation of the chroma plane of YIQ, so that all is one affine map per image.
     """
-    brightness, contrast, saturation, hue = 0.4 * u[:, 0] - 0.2, 0.8 + 0.4 * u[:, 1], 0.8 + 0.4 * u[:, 2], (0.1 * u[:, 3] - 0.05) * 2 * torch.pi
+    brightness, contrast, saturation, hue = (
+        0.4 * u[:, 0] - 0.2,
+        0.8 + 0.4 * u[:, 1],
+        0.8 + 0.4 * u[:, 2],
+        (0.1 * u[:, 3] - 0.05) * 2 * torch.pi,
+    )
     to_yiq = pixels.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     chroma = torch.zeros(len(pixels), 3, 3, device=pixels.device)
     chroma[:, 0, 0] = 1
     chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * hue.cos()
     chroma[:, 2, 1] = saturation * hue.sin()
     chroma[:, 1, 2] = -chroma[:, 2, 1]
-    matrix = torch.linalg.inv(to_yiq) @ chroma @ to_yiq * contrast[:, None, None]  # [B, 3, 3]
-    mean = pixels.mean((2, 3)) + brightness[:, None]  # [B, 3], of the brightened image
-    offset = mean + (matrix @ (brightness[:, None] - mean)[:, :, None])[:, :, 0]
-    flat = torch.baddbmm(offset[:, :, None], matrix, pixels.flatten(2))  # [B, 3, h * w]
+    colour = torch.linalg.inv(to_yiq) @ chroma @ to_yiq  # [B, 3, 3]
+    matrix = colour * contrast[:, None, None]
+    mean = pixels.mean((2, 3))[:, :, None]  # [B, 3, 1], what contrast leaves in place
+    offset = colour @ (mean + brightness[:, None, None]) - matrix @ mean  # [B, 3, 1]
+    flat = torch.baddbmm(offset, matrix, pixels.flatten(2))  # [B, 3, h * w]
     return flat.clamp_(0, 1).view_as(pixels)
 
 
@@ -600,7 +669,13 @@ def contact_sheet(index, episodes=8):
         for y, (camera, which) in enumerate(rows):
             step = index.starts[episode] if which == "first" else index.starts[episode + 1] - 1
             sheet.paste(Image.fromarray(index.image(camera, step)).resize((size, size)), (x * size, y * size))
-            draw.text((x * size + 4, y * size + 4), f"episode {episode}, {camera}, {which}", fill="white", stroke_width=1, stroke_fill="black")
+            draw.text(
+                (x * size + 4, y * size + 4),
+                f"episode {episode}, {camera}, {which}",
+                fill="white",
+                stroke_width=1,
+                stroke_fill="black",
+            )
     return sheet
 
 
@@ -609,11 +684,17 @@ def main():
     config = tyro.cli(Config, description=__doc__)
     index = open_index(config.data, config.cache)
     lengths = np.diff(index.starts)
-    print(f"{index.name}: {len(lengths)} episodes, {len(index)} steps ({lengths.min()} to {lengths.max()} an episode), fingerprint {index.fingerprint}")
+    print(
+        f"{index.name}: {len(lengths)} episodes, {len(index)} steps ({lengths.min()} to {lengths.max()} an episode), "
+        f"fingerprint {index.fingerprint}"
+    )
     for text in sorted(set(index.instructions)):
         print(f"  {index.instructions.count(text):5d} episodes: {text}")
     for camera in index.images:
-        print(f"  camera {camera}: {index.image(camera, 0).shape}, {index.images[camera][:, 2].mean() / 1024:.1f} KiB a frame")
+        print(
+            f"  camera {camera}: {index.image(camera, 0).shape}, "
+            f"{index.images[camera][:, 2].mean() / 1024:.1f} KiB a frame"
+        )
     for name, column in index.columns.items():
         print(f"  column {name}: {column.dtype} {column.shape[1:]}")
     for name, rows in statistics(index).items():

@@ -103,7 +103,7 @@ class Expert:
         """
         here, far = self.tip(), np.linalg.norm(goal[:2] - self.tip()[:2])
         path = np.linspace(here[:2], goal[:2], int(far / GRID) + 2)                     # [k, 2]
-        tall = tall[tall[:, 2] + hang + MARGIN > goal[2]]                               # [m, 3]
+        tall = tall[tall[:, 2] + hang + MARGIN > min(goal[2], here[2])]                 # [m, 3]
         near = np.linalg.norm(path[:, None] + offset - tall[:, :2], axis=-1) < radius   # [k, m]
         need = np.where(near, tall[:, 2], -np.inf).max(1, initial=-np.inf) + hang + MARGIN   # [k]
         need[np.linalg.norm(path - goal[:2], axis=1) < 0.03] = -np.inf                  # the funnel's part
@@ -336,9 +336,6 @@ def attempt(job) -> tuple:
 
 def run(jobs: list[tuple], procs: int):
     """Yield the results of the attempts as they end."""
-    if procs == 1:
-        yield from map(attempt, jobs)
-        return
     with multiprocessing.get_context("spawn").Pool(min(procs, len(jobs))) as pool:
         yield from pool.imap_unordered(attempt, jobs)
 
@@ -442,16 +439,17 @@ def example(path: Path, config: Config) -> dict:
         "seed": int(arrays["seed"]), "widen": config.widen, "state": arrays["start"]}}
 
 
-def write(config: Config, done: dict) -> None:
-    """All staged successes -> <out>/1.0.0/, tensorflow-datasets' own files and nothing else."""
+def write(config: Config, done: dict, folder: Path) -> None:
+    """All staged successes -> <folder>/<name>/1.0.0/. In a process of its own: TensorFlow and Mesa's EGL do not share one."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
+    shutil.rmtree(folder, ignore_errors=True)      # what an interrupted write left
     paths = [staging(config) / f"{task}_{j}.npz" for (task, j), success in sorted(done.items()) if success]
     shards = min(len(paths), 1 + sum(path.stat().st_size for path in paths) // SHARD_BYTES)
     tfds.dataset_builders.store_as_tfds_dataset(
         name=config.out.name, version="1.0.0", features=features(config.image_size),
         split_datasets={"train": ((path.stem, example(path, config)) for path in paths)},
-        data_dir=str(config.out.parent), download_config=tfds.download.DownloadConfig(num_shards=shards))
+        data_dir=str(folder), download_config=tfds.download.DownloadConfig(num_shards=shards))
 
 
 def report(config: Config, tasks: list[int], done: dict) -> dict:
@@ -466,17 +464,19 @@ def report(config: Config, tasks: list[int], done: dict) -> dict:
 
 
 def main(config: Config) -> None:
-    """Collect, write, report."""
+    """Collect, write beside the staged episodes, and move the finished data set to its place."""
     check(config)
     tasks = config.task_ids or list(range(len(instructions(config.suite))))
     done = collect(config, tasks, {} if config.official else resume(config))
+    table = report(config, tasks, done)
     if config.official:
-        report(config, tasks, done)
         return
     done = {key: success for key, success in done.items() if key[0] in tasks}
-    write(config, done)
-    note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": report(config, tasks, done)}
-    (config.out / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(write, (config, done, staging(config) / "rlds"))
+    note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": table}
+    (staging(config) / "rlds" / config.out.name / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
+    os.replace(staging(config) / "rlds" / config.out.name, config.out)
     shutil.rmtree(staging(config))
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
     print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: python data.py {config.out}")

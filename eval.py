@@ -14,7 +14,6 @@ moves the handled object, as in the run's data. Cameras are drawn only when the 
 import io
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import tyro
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import commit, write_json
+from common import commit, start_ranks, write_json
 from data import to_robosuite
 from model import Policy
 from sim import CAMERAS, MAX_STEPS, Sim, encode_jpeg, instructions, versions
@@ -43,7 +42,8 @@ class Config:
     task_ids: tuple[int, ...] = ()
     """tasks of the suite (default: those of the run's data)"""
     widen: float = -1.0
-    """half-width in metres of the square in which the handled object starts (default: as in the run's data; 0: official)"""
+    """half-width in metres of the square in which the handled object starts (default: as in
+    the run's data; 0: official)"""
     seed: int = 0
     """seed of the first trial; trial i has seed + i"""
     blind: bool = False
@@ -90,7 +90,7 @@ def mcnemar(first, second):
 
 
 def look(sim, cameras, blind):
-    """The policy's view: list of C arrays u8 [1, size, size, 3] stored like the training data, and proprio f32 [1, N]."""
+    """The policy's view: list of C arrays u8 [1, size, size, 3] stored like training data, and proprio f32 [1, N]."""
     seen = sim.observe()
     views = []
     for name, stored in cameras.items():
@@ -142,53 +142,94 @@ def plan(config, policy):
     entry = next(e for e in policy.config["data"] if e["name"] == policy.name)
     suite = config.suite or entry.get("suite") or entry["name"].removesuffix("_no_noops")
     if suite not in MAX_STEPS:
-        raise ValueError(f"the run's data does not name a LIBERO suite (found '{suite}'); give --suite, one of {', '.join(MAX_STEPS)}")
+        raise ValueError(
+            f"the run's data does not name a LIBERO suite (found '{suite}'); "
+            f"give --suite, one of {', '.join(MAX_STEPS)}"
+        )
     known = instructions(suite)
-    tasks = list(config.task_ids) or entry.get("tasks") or [i for i, text in enumerate(known) if text in entry["instructions"]]
+    tasks = (
+        list(config.task_ids)
+        or entry.get("tasks")
+        or [i for i, text in enumerate(known) if text in entry["instructions"]]
+    )
     wrong = [task for task in tasks if not 0 <= task < len(known)]
     if wrong or not tasks:
         raise ValueError(f"task_ids {wrong} are not in {suite}, which has tasks 0 to {len(known) - 1}")
     low, high = entry.get("seeds", (math.inf, -math.inf))
     if config.seed + config.trials > low and config.seed <= high:
-        raise ValueError(f"seeds {config.seed} to {config.seed + config.trials - 1} overlap those of the demonstrations, {low} to {high}; choose a smaller --seed")
+        raise ValueError(
+            f"seeds {config.seed} to {config.seed + config.trials - 1} overlap those of the demonstrations, "
+            f"{low} to {high}; choose a smaller --seed"
+        )
     return suite, tasks, entry.get("widen", 0.0) if config.widen < 0 else config.widen, entry
 
 
-def evaluate(config):
-    """Runs all trials and returns the result as it is written to JSON."""
-    policy = Policy(config.run, config.data, "cuda" if torch.cuda.is_available() else "cpu")
+def evaluate(config, out):
+    """Runs all trials and returns the result as it is written to JSON; videos go beside `out`."""
+    policy = Policy(config.run, config.data, start_ranks().device.type)
     suite, tasks, widen, entry = plan(config, policy)
-    out = result_path(config)
     rows, bar = [], tqdm(total=len(tasks) * config.trials, desc="episodes")
     for task in tasks:
         sim = Sim(suite, task, config.any_mujoco)
         text = "" if config.mute else sim.instruction
         for trial in range(config.trials):
             seed, frames, started = config.seed + trial, [] if config.video else None, time.perf_counter()
-            success, steps = run_episode(sim, policy, entry["cameras"], seed, widen, text, MAX_STEPS[suite], config.blind, frames)
-            rows.append({"task": task, "seed": seed, "success": success, "steps": steps, "seconds": round(time.perf_counter() - started, 2)})
+            success, steps = run_episode(
+                sim, policy, entry["cameras"], seed, widen, text, MAX_STEPS[suite], config.blind, frames
+            )
+            rows.append(
+                {
+                    "task": task,
+                    "seed": seed,
+                    "success": success,
+                    "steps": steps,
+                    "seconds": round(time.perf_counter() - started, 2),
+                }
+            )
             if config.video:
-                save_gif(out.with_suffix("") / f"task{task}-seed{seed}.gif", frames, f"{sim.instruction}: {'success' if success else 'failure'}")
+                save_gif(
+                    out.with_suffix("") / f"task{task}-seed{seed}.gif",
+                    frames,
+                    f"{sim.instruction}: {'success' if success else 'failure'}",
+                )
             bar.update()
             bar.set_postfix(success=f"{sum(r['success'] for r in rows)}/{len(rows)}")
         sim.close()
     bar.close()
     names = instructions(suite)
     return tally(rows) | {
-        "tasks": [{"task": t, "instruction": names[t]} | tally([r for r in rows if r["task"] == t]) | expert(entry, t, widen, rows) for t in tasks],
-        "suite": suite, "widen": widen, "blind": config.blind, "mute": config.mute, "run": config.run, "variant": policy.config["train"]["variant"],
-        "rows": rows, "versions": versions() | {"torch": torch.__version__}, "command": sys.argv, "commit": commit(),
-    }  # fmt: skip
+        "tasks": [
+            {"task": t, "instruction": names[t]}
+            | tally([r for r in rows if r["task"] == t])
+            | expert(entry, t, widen, rows)
+            for t in tasks
+        ],
+        "suite": suite,
+        "widen": widen,
+        "blind": config.blind,
+        "mute": config.mute,
+        "run": config.run,
+        "variant": policy.config["train"]["variant"],
+        "rows": rows,
+        "versions": versions() | {"torch": torch.__version__},
+        "command": sys.argv,
+        "commit": commit(),
+    }
 
 
 def tally(rows):
     """{"episodes", "successes", "success_rate", "ci95"} of some episodes."""
     episodes, successes = len(rows), sum(r["success"] for r in rows)
-    return {"episodes": episodes, "successes": successes, "success_rate": successes / episodes, "ci95": wilson(successes, episodes)}
+    return {
+        "episodes": episodes,
+        "successes": successes,
+        "success_rate": successes / episodes,
+        "ci95": wilson(successes, episodes),
+    }
 
 
 def expert(entry, task, widen, rows):
-    """{"expert_successes", "expert_episodes"}: how the scripted expert fared on the same starts, as far as the data says."""
+    """{"expert_successes", "expert_episodes"} of the scripted expert on the same starts, as far as the data says."""
     seeds = {r["seed"] for r in rows if r["task"] == task}
     same = [e for e in entry.get("expert", []) if e["task"] == task and e["seed"] in seeds and widen == e["widen"]]
     return {"expert_successes": sum(e["success"] for e in same), "expert_episodes": len(same)}
@@ -205,8 +246,15 @@ def result_path(config):
 
 def print_table(result):
     """Success per task and in all, with intervals and the expert beside them."""
-    rows = [*result["tasks"], {"instruction": "all tasks", **result, "expert_successes": sum(t["expert_successes"] for t in result["tasks"]),
-                               "expert_episodes": sum(t["expert_episodes"] for t in result["tasks"])}]  # fmt: skip
+    rows = [
+        *result["tasks"],
+        {
+            "instruction": "all tasks",
+            **result,
+            "expert_successes": sum(t["expert_successes"] for t in result["tasks"]),
+            "expert_episodes": sum(t["expert_episodes"] for t in result["tasks"]),
+        },
+    ]
     width = max(len(row["instruction"]) for row in rows)
     print(f"{'':{width}}  success          95 % interval    expert")
     for row in rows:
@@ -221,12 +269,17 @@ def print_comparison(paths):
     results = [json.loads(path.read_text()) for path in paths]
     outcomes = [{(r["task"], r["seed"]): r["success"] for r in result["rows"]} for result in results]
     for path, result, found in zip(paths, results, outcomes):
-        if found.keys() != outcomes[0].keys() or (result["suite"], result["widen"]) != (results[0]["suite"], results[0]["widen"]):
+        if found.keys() != outcomes[0].keys() or (result["suite"], result["widen"]) != (
+            results[0]["suite"],
+            results[0]["widen"],
+        ):
             raise ValueError(f"{path} and {paths[0]} are results of different starts; they cannot be paired")
         p = mcnemar([outcomes[0][k] for k in found], list(found.values()))
         low, high = result["ci95"]
-        print(f"{path}: {result['successes']}/{result['episodes']} = {100 * result['success_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f}), "
-              f"McNemar against the first p = {p:.2g}")  # fmt: skip
+        print(
+            f"{path}: {result['successes']}/{result['episodes']} = {100 * result['success_rate']:.1f} % "
+            f"({100 * low:.1f} to {100 * high:.1f}), McNemar against the first p = {p:.2g}"
+        )
 
 
 def main(config):
@@ -234,11 +287,11 @@ def main(config):
         return print_comparison(config.compare)
     if not config.run:
         raise ValueError("say which run to evaluate: python eval.py runs/NAME")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result = evaluate(config)
-    write_json(result_path(config), result)
+    out = result_path(config)
+    result = evaluate(config, out)
+    write_json(out, result)
     print_table(result)
-    print(f"result: {result_path(config)}")
+    print(f"result: {out}")
 
 
 if __name__ == "__main__":

@@ -53,18 +53,43 @@ VARIANTS = {
     "la_tok": Variant(latents=True, actions=False, target="action", weight=0.1),
 }
 
-TINY_TEXT = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                 max_position_embeddings=1024, initializer_range=0.1, rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[4, 2, 2], mrope_interleaved=True))  # fmt: skip
-TINY_VISION = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=16, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=64,
-                   num_position_embeddings=36, deepstack_visual_indexes=[0, 1, 2], initializer_range=0.1)  # fmt: skip
-TINY_WORDS = """user assistant Please predict the next robot actions put bowl on stove top of cabinet plate open middle drawer
-push to front turn cream cheese in wine bottle rack pick up and place it black between ramekin from table center
-cookie box wooden alphabet soup basket salad dressing bbq sauce ketchup tomato butter milk chocolate pudding orange
-juice both moka pot pots bottom close mug yellow white left right book back compartment caddy microwave""".split()
+TINY_TEXT = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=1024,
+    initializer_range=0.1,
+    rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[4, 2, 2], mrope_interleaved=True),
+)
+TINY_VISION = dict(
+    depth=3,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    patch_size=16,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    out_hidden_size=64,
+    num_position_embeddings=36,
+    deepstack_visual_indexes=[0, 1, 2],
+    initializer_range=0.1,
+)
+TINY_WORDS = """user assistant Please predict the next robot actions put bowl on stove top of cabinet plate
+open middle drawer push to front turn cream cheese in wine bottle rack pick up and place it black between
+ramekin from table center cookie box wooden alphabet soup basket salad dressing bbq sauce ketchup tomato
+butter milk chocolate pudding orange juice both moka pot pots bottom close mug yellow white left right book
+back compartment caddy microwave""".split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -111,8 +136,14 @@ def tiny_tokenizer():
 
 def tiny_config(tokenizer):
     """Qwen3-VL's architecture at 0.7 M parameters."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in
-           (("image_token_id", "image_pad"), ("vision_start_token_id", "vision_start"), ("vision_end_token_id", "vision_end"))}  # fmt: skip
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image_token_id", "image_pad"),
+            ("vision_start_token_id", "vision_start"),
+            ("vision_end_token_id", "vision_end"),
+        )
+    }
     return Qwen3VLConfig(text_config=TINY_TEXT, vision_config=TINY_VISION, tie_word_embeddings=True, **ids)
 
 
@@ -137,14 +168,23 @@ class Backbone(nn.Module):
             self.qwen = Qwen3VLModel._from_config(tiny_config(self.tokenizer), attn_implementation="sdpa")
         else:
             _check_qwen(spec.backbone)
-            self.qwen = Qwen3VLModel.from_pretrained(spec.backbone, attn_implementation="sdpa")
+            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            self.qwen = Qwen3VLModel.from_pretrained(spec.backbone, dtype=dtype, attn_implementation="sdpa")
             _add_lora(self.qwen, spec.lora_rank, spec.lora_alpha)
-        self.text_length, self.chunk, self.cameras, self.queries_count = spec.text_length, spec.chunk, spec.cameras, placeholders
+        self.text_length, self.chunk, self.cameras, self.queries_count = (
+            spec.text_length,
+            spec.chunk,
+            spec.cameras,
+            placeholders,
+        )
         text, vision = self.qwen.config.text_config, self.qwen.config.vision_config
         self.width, self.layers = text.hidden_size, text.num_hidden_layers
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         if spec.image_size % (self.patch * self.merge):
-            raise ValueError(f"image_size is {spec.image_size}; it must be a multiple of {self.patch * self.merge} for {spec.backbone}")
+            raise ValueError(
+                f"image_size is {spec.image_size}; "
+                f"it must be a multiple of {self.patch * self.merge} for {spec.backbone}"
+            )
         self.grid = spec.image_size // self.patch  # patches along one side
         self.slots = (self.grid // self.merge) ** 2  # image tokens of one camera
         self._lay_out()
@@ -154,7 +194,9 @@ class Backbone(nn.Module):
     def _lay_out(self):
         """Splits the chat template into the fixed ids before and after the text, and fixes positions and slots."""
         content = [{"type": "image"}] * self.cameras + [{"type": "text", "text": "\0"}]
-        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         before, after = chat.split("\0")
         pad = self.tokenizer.convert_ids_to_tokens(self.qwen.config.image_token_id)
         before, after = self._ids(before.replace(pad, pad * self.slots)), self._ids(after)
@@ -173,7 +215,7 @@ class Backbone(nn.Module):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _positions_before(self):
-        """M-RoPE positions (time, row, column) up to the text: an image is one step in time and a grid in the others."""
+        """M-RoPE positions (time, row, column) up to the text: an image is one step in time, a grid in the others."""
         side = self.grid // self.merge
         rows, columns = np.divmod(np.arange(self.slots), side)
         positions, at = [], 0
@@ -194,7 +236,10 @@ class Backbone(nn.Module):
         """Token ids of the whole request. Raises ValueError when they do not fit `text_length`."""
         ids = request_ids(self.tokenizer, instruction, self.chunk)
         if len(ids) > self.text_length:
-            raise ValueError(f"the instruction {instruction!r} takes {len(ids)} tokens with its request, but text_length is {self.text_length}; train with a larger --text-length")
+            raise ValueError(
+                f"the instruction {instruction!r} takes {len(ids)} tokens with its request, "
+                f"but text_length is {self.text_length}; train with a larger --text-length"
+            )
         return ids
 
     def tokenise(self, instructions):
@@ -206,7 +251,7 @@ class Backbone(nn.Module):
         return ids.to(self.fixed_ids.device), torch.tensor([len(r) for r in rows], device=self.fixed_ids.device)
 
     def positions_and_mask(self, counts):
-        """M-RoPE positions i64 [3, B, L], skipping the padding; attention mask bool [B, 1, L, L], causal and without it."""
+        """M-RoPE positions i64 [3, B, L], skipping padding; attention mask bool [B, 1, L, L], causal and without it."""
         places = torch.arange(self.length, device=counts.device)
         rest = self.text_position + places - self.text_start  # as if nothing were padded
         skipped = (self.text_length - counts)[:, None] * (places >= self.header_start)  # [B, L]
@@ -222,9 +267,13 @@ class Backbone(nn.Module):
         """f32 [B, C, 3, S, S] in [-1, 1] -> ([B, C, slots, D], deepstack features: list of the same shape)."""
         visual, batch = self.qwen.visual, images.shape[:2]
         side, m, p = self.grid // self.merge, self.merge, self.patch
-        x = images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # merge blocks first
+        x = (
+            images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        )  # merge blocks first
         weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # a still image fills both temporal halves: add them
-        x = F.linear(x.flatten(5).flatten(1, 4).to(weight.dtype), weight, visual.patch_embed.proj.bias)  # [B C, grid^2, Dv]
+        x = F.linear(
+            x.flatten(5).flatten(1, 4).to(weight.dtype), weight, visual.patch_embed.proj.bias
+        )  # [B C, grid^2, Dv]
         x = x + self._vision_positions()
         cos, sin = self._vision_rope(x)
         deep, wanted = [], list(visual.deepstack_visual_indexes)
@@ -244,15 +293,19 @@ class Backbone(nn.Module):
         """The learned square table of positions, resampled to this image size. [grid^2, Dv]"""
         table = self.qwen.visual.pos_embed.weight
         old = math.isqrt(len(table))
-        resized = F.interpolate(table.T.view(1, -1, old, old).float(), (self.grid, self.grid), mode="bilinear", align_corners=True)
+        resized = F.interpolate(
+            table.T.view(1, -1, old, old).float(), (self.grid, self.grid), mode="bilinear", align_corners=True
+        )
         return self._merge_order(resized[0].permute(1, 2, 0)).to(table.dtype)
 
     def _vision_rope(self, x):
-        """cos, sin f32 [grid^2, head_dim] of the axial rotary embedding (half the frequencies for rows, half for columns)."""
+        """cos, sin f32 [grid^2, head_dim] of the axial rotary embedding (frequencies: half rows, half columns)."""
         config = self.qwen.config.vision_config
         head = config.hidden_size // config.num_heads
         theta = getattr(config, "rope_parameters", None) or {}
-        frequencies = 1.0 / theta.get("rope_theta", 10000.0) ** (torch.arange(0, head // 2, 2, device=x.device).float() / (head // 2))
+        frequencies = 1.0 / theta.get("rope_theta", 10000.0) ** (
+            torch.arange(0, head // 2, 2, device=x.device).float() / (head // 2)
+        )
         places = torch.arange(self.grid, device=x.device)
         grid = torch.stack(torch.meshgrid(places, places, indexing="ij"), -1)  # [grid, grid, 2]
         angles = (self._merge_order(grid)[..., None] * frequencies).flatten(1).repeat(1, 2)  # [grid^2, head_dim]
@@ -260,7 +313,9 @@ class Backbone(nn.Module):
 
     def _vision_attention(self, attention, x, cos, sin):
         """All images of the batch in one attention call. x: [B C, grid^2, Dv]"""
-        q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B C, heads, grid^2, head_dim]
+        q, k, v = (
+            attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # [B C, heads, grid^2, head_dim]
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -269,13 +324,16 @@ class Backbone(nn.Module):
     def forward(self, images, text, counts, placeholders):
         """nu^(0)..nu^(N): list of N + 1 tensors [B, L, D].
 
-        images: f32 [B, C, 3, S, S] in [-1, 1]; text: i64 [B, T]; counts: i64 [B] real text tokens; placeholders: [Q, D].
+        images: f32 [B, C, 3, S, S] in [-1, 1]; text: i64 [B, T]; counts: i64 [B] real text tokens;
+        placeholders: [Q, D].
         """
         language, batch = self.qwen.language_model, len(images)
         image_tokens, deep = self.vision(images)
         ids = self.fixed_ids.repeat(batch, 1)
         ids[:, self.text_start : self.header_start] = text
-        x = torch.cat([language.embed_tokens(ids), placeholders.to(image_tokens.dtype).expand(batch, -1, -1)], 1)  # [B, L, D]
+        x = torch.cat(
+            [language.embed_tokens(ids), placeholders.to(image_tokens.dtype).expand(batch, -1, -1)], 1
+        )  # [B, L, D]
         x = torch.where(self.is_image[:, None], self._at_images(image_tokens), x)
         positions, mask = self.positions_and_mask(counts)
         rope, states = language.rotary_emb(x, positions), [x]
@@ -309,7 +367,10 @@ def _rotate(x, cos, sin):
 def _check_qwen(name):
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen3_vl":
-        raise ValueError(f"backbone {name} is a '{config.model_type}' checkpoint; give --backbone tiny or a Qwen3-VL one (model_type qwen3_vl)")
+        raise ValueError(
+            f"backbone {name} is a '{config.model_type}' checkpoint; "
+            "give --backbone tiny or a Qwen3-VL one (model_type qwen3_vl)"
+        )
 
 
 def _add_lora(module, rank, alpha):
@@ -322,11 +383,14 @@ def _add_lora(module, rank, alpha):
 
 
 def base_hash(module):
-    """Short hash over names, shapes and the first values of all frozen weights: which base model a run was trained on."""
+    """Short hash over names, shapes and first values of all frozen weights: which base model a run was trained on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.named_parameters()):
         if not tensor.requires_grad:
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+            digest.update(
+                f"{name}{tuple(tensor.shape)}".encode()
+                + tensor.detach().flatten()[:1024].float().cpu().numpy().tobytes()
+            )
     return digest.hexdigest()[:16]
 
 
@@ -343,7 +407,11 @@ class HeadBlock(nn.Module):
         self.heads = heads
         self.norm, self.norm_states, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(states), nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
-        self.own, self.bridge, self.image = nn.Linear(width, 2 * width), nn.Linear(states, 2 * width), nn.Linear(states, 2 * width)
+        self.own, self.bridge, self.image = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(states, 2 * width),
+            nn.Linear(states, 2 * width),
+        )
         self.state = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.gate = nn.Parameter(torch.tensor(float(gate)))
@@ -373,7 +441,7 @@ class ActionHead(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, action_size)
 
     def forward(self, layers, proprio):
-        """layers: M pairs (placeholder states [B, Q, D], image states [B, C slots, D]); proprio: f32 [B, N]. -> [B, H, A]"""
+        """layers: M state pairs (placeholders [B, Q, D], images [B, C slots, D]); proprio: f32 [B, N]. -> [B, H, A]"""
         batch = len(proprio)
         x = self.queries.expand(batch, -1, -1)  # [B, H, W]
         token = self.proprio(proprio)[:, None] if self.proprio else x[:, :0]
@@ -403,7 +471,9 @@ class VLA(nn.Module):
         if not 0 < self.align_layer <= layers:
             raise ValueError(f"align_layer is {spec.align_layer}, but {spec.backbone} has layers 1 to {layers}")
         head_width = spec.head_width or min(width, 1024)
-        self.head = ActionHead(spec.chunk, spec.action_size, spec.proprio_size, width, layers - self.first_layer + 1, head_width, spec.gate)
+        self.head = ActionHead(
+            spec.chunk, spec.action_size, spec.proprio_size, width, layers - self.first_layer + 1, head_width, spec.gate
+        )
         self.latent_head = self._latent_head(width)
 
     def _latent_head(self, width):
@@ -419,8 +489,8 @@ class VLA(nn.Module):
 
         batch: images list of C u8 [B, h, w, 3]; text [B] strings; proprio f32 [B, N] normalised; actions f32 [B, H, A]
         normalised; valid bool [B, H]; draws f32 [B, C, 6] or absent (no augmentation); for a latent loss codes
-        i64 [B, H, P] and vectors f32 [B, H, P, d]. Returns {"loss", "action_loss"} and, where there is one, "latent_loss"
-        and "latent_accuracy" (share of codes predicted right).
+        i64 [B, H, P] and vectors f32 [B, H, P, d]. Returns {"loss", "action_loss"} and, where there is one,
+        "latent_loss" and "latent_accuracy" (share of codes predicted right).
         """
         actions, states = self.run(batch)
         error = actions - batch["actions"]
@@ -434,12 +504,14 @@ class VLA(nn.Module):
         """The one forward pass: (actions f32 [B, H, A] normalised, nu^(0)..nu^(N))."""
         images = prepare_images(batch["images"], self.spec.image_size, batch.get("draws"))
         states = self.backbone(images, *self.backbone.tokenise(batch["text"]), self.queries)
-        layers = [(self.backbone.placeholder_states(x), self.backbone.image_states(x)) for x in states[self.first_layer :]]
+        layers = [
+            (self.backbone.placeholder_states(x), self.backbone.image_states(x)) for x in states[self.first_layer :]
+        ]
         proprio = batch["proprio"] if self.spec.proprio_size else batch["proprio"][:, :0]
         return self.head(layers, proprio).float(), states
 
     def latent_losses(self, states, batch):
-        """L_latent of the paper, from the placeholders' states nu^(k) [B, Q, D]; steps past the episode's end count 0."""
+        """L_latent of the paper, from the placeholder states nu^(k) [B, Q, D]; steps past the episode's end count 0."""
         valid, spec = batch["valid"].float(), self.spec
         if self.variant.target == "align":  # 1 - cos(linear(nu^(k)), mean of c over the P codes)
             guess = self.latent_head(self.backbone.placeholder_states(states[self.align_layer])).float()  # [B, H, d]
@@ -447,7 +519,11 @@ class VLA(nn.Module):
         latents = self.backbone.placeholder_states(states[-1])[:, : self.latent_count]
         guess = self.latent_head(latents).float().unflatten(1, (spec.chunk, spec.codes_per_step))  # [B, H, P, K or d]
         if spec.continuous:
-            return {"latent_loss": (F.mse_loss(guess, batch["vectors"], reduction="none").mean(3) * valid[:, :, None]).mean()}
+            return {
+                "latent_loss": (
+                    F.mse_loss(guess, batch["vectors"], reduction="none").mean(3) * valid[:, :, None]
+                ).mean()
+            }
         loss = F.cross_entropy(guess.flatten(0, 2), batch["codes"].flatten(), reduction="none").view_as(batch["codes"])
         hits = (guess.argmax(-1) == batch["codes"]) * valid[:, :, None]
         accuracy = hits.sum() / (valid.sum() * spec.codes_per_step).clamp(min=1)
@@ -460,7 +536,10 @@ def _check_spec(spec):
     if spec.action_loss not in ("l1", "l2"):
         raise ValueError(f"action_loss is '{spec.action_loss}'; choose l1 or l2")
     if spec.placeholders_per_step > 1 and spec.variant != "baseline":
-        raise ValueError(f"placeholders_per_step is {spec.placeholders_per_step} with {spec.variant}; only the baseline takes more than 1")
+        raise ValueError(
+            f"placeholders_per_step is {spec.placeholders_per_step} with {spec.variant}; "
+            "only the baseline takes more than 1"
+        )
     if spec.continuous and VARIANTS[spec.variant].target not in ("image", "action"):
         raise ValueError(f"continuous targets are for la_direct, la_cond and la_tok, not for {spec.variant}")
 
@@ -470,7 +549,10 @@ def _check_spec(spec):
 
 
 def load_vla(run):
-    """(VLA in evaluation mode, config of the run). Raises FileNotFoundError or ValueError when `run` is not a finished run."""
+    """(VLA in evaluation mode, config of the run).
+
+    Raises FileNotFoundError or ValueError when `run` is not a finished run.
+    """
     run = Path(run)
     for name in ("config.json", "model.safetensors"):
         if not (run / name).exists():
@@ -479,7 +561,10 @@ def load_vla(run):
     vla = VLA(Spec(**config["model"]))
     load_trainable(vla, load_tensors(run / "model.safetensors")[0], run / "model.safetensors")
     if base_hash(vla) != config["base_hash"]:
-        raise ValueError(f"{run} was trained on another {config['model']['backbone']}: base weights hash to {base_hash(vla)}, the run's to {config['base_hash']}")
+        raise ValueError(
+            f"{run} was trained on another {config['model']['backbone']}: "
+            f"base weights hash to {base_hash(vla)}, the run's to {config['base_hash']}"
+        )
     return vla.eval(), config
 
 
@@ -502,6 +587,11 @@ class Policy:
         """images: list of C arrays u8 [B, h, w, 3] in the run's camera order; instructions: [B] strings;
         proprio: f32 [B, N] in physical units. Returns f32 [B, H, A], standardised (gripper 1 = open)."""
         proprio = torch.from_numpy(normalise(np.asarray(proprio), self.stats["proprio"])).to(self.device)
-        batch = {"images": [torch.as_tensor(i, device=self.device) for i in images], "text": instructions, "proprio": proprio}
-        actions, _ = self.vla.run(batch)
+        batch = {
+            "images": [torch.as_tensor(i, device=self.device) for i in images],
+            "text": instructions,
+            "proprio": proprio,
+        }
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+            actions, _ = self.vla.run(batch)
         return unnormalise(actions.cpu().numpy(), self.stats["action"])

@@ -61,7 +61,15 @@ from data import (
 from latent import load_tokenizer
 from model import VARIANTS, VLA, Spec, base_hash, request_ids, text_tokenizer
 
-FREE_TO_CHANGE = {"resume", "cache", "num_workers", "save_every", "val_every", "wandb_project", "per_device_batch_size"}  # by a resume
+FREE_TO_CHANGE = {
+    "resume",
+    "cache",
+    "num_workers",
+    "save_every",
+    "val_every",
+    "wandb_project",
+    "per_device_batch_size",
+}  # by a resume
 LOG_EVERY = 20  # steps between writes of the log: losses stay on the device until then
 
 
@@ -76,7 +84,7 @@ class Config:
     out: str = ""
     """folder of the run (default: runs/<variant>-<time>)"""
     resume: bool = False
-    """continue the run in --out from its last save, or start it if there is none"""
+    """continue the run in --out from its last save; without one, start it (again)"""
     cache: Path = CACHE
     """where indices and labels are kept"""
     labels: tuple[Path, ...] = ()
@@ -84,7 +92,8 @@ class Config:
     tokenizer: str = ""
     """folder of the action tokenizer for la_tok (default: tokenizer/ beside the data)"""
     align_target: Literal["continuous", "quantised"] = "continuous"
-    """image latents that la_align and --continuous learn from: before, or (labels of the paper's release) after quantisation"""
+    """image latents that la_align and --continuous learn from: before,
+    or (labels of the paper's release) after quantisation"""
 
     backbone: str = "tiny"
     """tiny, or a Qwen3-VL checkpoint directory or hub id"""
@@ -158,9 +167,14 @@ def check(config, world):
     """Raises ValueError naming the field and the value of what cannot work, before anything is loaded."""
     shares = config.global_batch_size / world
     if shares != int(shares) or shares < 1:
-        raise ValueError(f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes")
+        raise ValueError(
+            f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes"
+        )
     if config.per_device_batch_size and shares % config.per_device_batch_size:
-        raise ValueError(f"per_device_batch_size is {config.per_device_batch_size}; it must divide the {int(shares)} samples of each process")
+        raise ValueError(
+            f"per_device_batch_size is {config.per_device_batch_size}; "
+            f"it must divide the {int(shares)} samples of each process"
+        )
     for name in ("data_weights", "labels"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
@@ -179,27 +193,48 @@ def load_targets(config, indices):
     if target == "action":
         folder = Path(config.tokenizer or config.data[0] / "tokenizer")
         if not folder.exists():
-            raise FileNotFoundError(f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
-                                    f"python latent.py tokenizer --data {config.data[0]} --out {folder}")  # fmt: skip
-        return None, load_tokenizer(folder)
+            raise FileNotFoundError(
+                f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
+                f"python latent.py tokenizer --data {config.data[0]} --out {folder}"
+            )
+        return None, _load_tokenizer(folder, config.chunk, indices)
     if not target:
         return None, None
     labels = [_load_labels(config, number, index) for number, index in enumerate(indices)]
     kinds = {(found.delta, found.fingerprint, found.num_codes) for found in labels}
     if len(kinds) > 1:
-        raise ValueError(f"the labels of these data sets come from different latent models (delta, fingerprint, codes): {kinds}")
+        raise ValueError(
+            f"the labels of these data sets come from different latent models (delta, fingerprint, codes): {kinds}"
+        )
     return labels, None
+
+
+def _load_tokenizer(folder, chunk, indices):
+    tokenizer = load_tokenizer(folder)
+    expected = {"chunk": chunk, "action_size": indices[0].columns["action"].shape[1]}
+    found = {name: tokenizer.config[name] for name in expected}
+    if found != expected:
+        raise ValueError(
+            f"the action tokenizer in {folder} is for {found}, but this run has {expected}; make another one"
+        )
+    return tokenizer
 
 
 def _load_labels(config, number, index):
     path = config.labels[number] if config.labels else label_path(index, config.data[number])
-    labels = load_labels(index, path)
+    labels = None if config.labels and not path.exists() else load_labels(index, path)
     if labels is None:
         folder = config.data[number]
-        raise FileNotFoundError(f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
-                                f"python latent.py lam --data {folder} --out runs/lam && python latent.py label --data {folder} --lam runs/lam")  # fmt: skip
+        raise FileNotFoundError(
+            f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
+            f"python latent.py lam --data {folder} --out runs/lam && "
+            f"python latent.py label --data {folder} --lam runs/lam --out {path}"
+        )
     if (config.variant == "la_align" or config.continuous) and labels.quantised != (config.align_target == "quantised"):
-        raise ValueError(f"the labels of {index.name} hold {'quantised' if labels.quantised else 'continuous'} vectors, but align_target is '{config.align_target}'")
+        raise ValueError(
+            f"the labels of {index.name} hold {'quantised' if labels.quantised else 'continuous'} vectors, "
+            f"but align_target is '{config.align_target}'"
+        )
     return labels
 
 
@@ -210,21 +245,45 @@ def make_spec(config, indices, cameras, labels, tokenizer):
     texts, words = {text for index in indices for text in index.instructions}, text_tokenizer(config.backbone)
     longest = max(len(request_ids(words, text, config.chunk)) for text in texts)
     return Spec(
-        variant=config.variant, backbone=config.backbone, cameras=len(cameras), image_size=config.image_size or stored // 32 * 32,
-        text_length=config.text_length or (longest + 7) // 8 * 8, chunk=config.chunk, action_size=indices[0].columns["action"].shape[1],
+        variant=config.variant,
+        backbone=config.backbone,
+        cameras=len(cameras),
+        image_size=config.image_size or stored // 32 * 32,
+        text_length=config.text_length or (longest + 7) // 8 * 8,
+        chunk=config.chunk,
+        action_size=indices[0].columns["action"].shape[1],
         proprio_size=indices[0].columns["state"].shape[1] if config.use_proprio else 0,
-        codes_per_step=labels[0].codes.shape[1] if labels else 1, num_codes=target.num_codes if target else 0,
-        code_dim=target.dim if target else 0, action_loss=config.loss, continuous=config.continuous, align_layer=config.align_layer,
-        placeholders_per_step=config.placeholders_per_step, latent_weight=config.latent_weight, lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha, head_width=config.head_width, gate=1.0 if config.backbone == "tiny" else 0.0,
-    )  # fmt: skip
+        codes_per_step=labels[0].codes.shape[1] if labels else 1,
+        num_codes=target.num_codes if target else 0,
+        code_dim=target.dim if target else 0,
+        action_loss=config.loss,
+        continuous=config.continuous,
+        align_layer=config.align_layer,
+        placeholders_per_step=config.placeholders_per_step,
+        latent_weight=config.latent_weight,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        head_width=config.head_width,
+        gate=1.0 if config.backbone == "tiny" else 0.0,
+    )
 
 
 def describe(index, cameras):
     """What evaluation must know of a data set: how its images were stored, and where its episodes start."""
-    meta = index.metadata
-    known = {"suite": meta["suite"][0], "tasks": sorted(set(meta["task"])), "widen": meta["widen"][0], "seeds": [min(meta["seed"]), max(meta["seed"])]} if "suite" in meta else {}
-    return {"name": index.name, "fingerprint": index.fingerprint, "cameras": {c: index.jpeg_options(c) for c in cameras}, "instructions": sorted(set(index.instructions))} | known
+    entry = {"name": index.name, "fingerprint": index.fingerprint, "instructions": sorted(set(index.instructions)),
+             "cameras": {camera: index.jpeg_options(camera) for camera in cameras}}  # fmt: skip
+    if "suite" in index.metadata:  # made by demos.py
+        suite, task, widen, seed = (index.metadata[name] for name in ("suite", "task", "widen", "seed"))
+        entry |= {
+            "suite": suite[0],
+            "tasks": sorted(set(task)),
+            "widen": round(widen[0], 6),
+            "seeds": [min(seed), max(seed)],
+        }
+    note = index.directory.parent / "expert.json"
+    if note.exists():
+        entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
+    return entry
 
 
 def choose_cameras(config, index):
@@ -242,7 +301,7 @@ def to_device(batch, device):
 @torch.no_grad()
 def add_action_codes(batch, tokenizer):
     """la_tok's targets: the action tokenizer's codes i64 [B, H, 1] and vectors f32 [B, H, 1, d] of the true chunk."""
-    codes, vectors = tokenizer.encode(batch["actions"])
+    codes, vectors = tokenizer.encode(batch["actions"], batch["valid"])
     return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}
 
 
@@ -254,7 +313,9 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     vla.eval()
     for at in range(0, len(steps), batch_size):
-        batch = to_device(default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]]), ranks.device)
+        batch = to_device(
+            default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]]), ranks.device
+        )
         error = (vla.run(batch)[0] - batch["actions"]).abs() * batch["valid"][:, :, None]
         total += torch.stack([error.sum(), batch["valid"].sum() * error.shape[2]])
     vla.train()
@@ -279,16 +340,26 @@ def restore(run, vla, optimizer):
 
 
 def prepare_run(config, ranks, description):
-    """Creates the folder with config.json, or checks that a run to be resumed had the same config. Returns (folder, resuming)."""
+    """Creates the folder with config.json, or checks that a run to be resumed had the same config.
+
+    Returns (folder, resuming).
+    """
     run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume and (run / "training.safetensors").exists():
         before = json.loads((run / "config.json").read_text())["train"]
-        changed = {k: (before.get(k), v) for k, v in description["train"].items() if before.get(k) != v and k not in FREE_TO_CHANGE}
+        changed = {
+            k: (before.get(k), v)
+            for k, v in description["train"].items()
+            if before.get(k) != v and k not in FREE_TO_CHANGE
+        }
         if changed:
-            raise ValueError(f"{run} was trained with other settings: " + ", ".join(f"{k} {a} (now {b})" for k, (a, b) in changed.items()))
+            raise ValueError(
+                f"{run} was trained with other settings: "
+                + ", ".join(f"{k} {a} (now {b})" for k, (a, b) in changed.items())
+            )
         return run, True
     if ranks.main:
-        new_directory(run)
+        run.mkdir(parents=True, exist_ok=True) if config.resume else new_directory(run)
         write_json(run / "config.json", description)
     return run, False
 
@@ -314,14 +385,21 @@ def setup(config, ranks):
     labels, tokenizer = load_targets(config, indices)
     stats = [statistics(index) for index in indices]
     split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
-    dataset = Chunks(indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, [kept for kept, _ in split])
+    dataset = Chunks(
+        indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, [kept for kept, _ in split]
+    )
     held_out = [steps_of(index, held) for index, (_, held) in zip(indices, split)]
     torch.manual_seed(config.seed)
     vla = VLA(make_spec(config, indices, cameras, labels, tokenizer)).to(ranks.device)
     description = {
-        "train": json.loads(json.dumps(asdict(config), default=str)), "model": asdict(vla.spec), "base_hash": base_hash(vla),
-        "data": [describe(index, cameras) for index in indices], "command": sys.argv, "commit": commit(), "torch": torch.__version__,
-    }  # fmt: skip
+        "train": json.loads(json.dumps(asdict(config), default=str)),
+        "model": asdict(vla.spec),
+        "base_hash": base_hash(vla),
+        "data": [describe(index, cameras) for index in indices],
+        "command": sys.argv,
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
     run, resuming = prepare_run(config, ranks, description)
     if ranks.main:
         write_json(run / "dataset_statistics.json", {index.name: s for index, s in zip(indices, stats)})
@@ -337,20 +415,28 @@ def main(config):
     share = config.global_batch_size // ranks.world
     micro = config.per_device_batch_size or share
     accumulation = share // micro
-    steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size) if config.epochs > 0 else config.max_steps
+    steps = (
+        math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
+        if config.epochs > 0
+        else config.max_steps
+    )
     sampler = StepBatches(first, steps, config.global_batch_size, micro, ranks.rank, ranks.world)
     cuda = ranks.device.type == "cuda"
     batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, pin_memory=cuda))
     ddp = DistributedDataParallel(vla, broadcast_buffers=False) if ranks.world > 1 else vla
     log = Log(run, ranks.main, first, config.wandb_project, description)
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
-    print0(f"{config.variant}: {trained:,} trained parameters, {dataset.epoch_length:,} samples an epoch, {steps} steps of "
-           f"{config.global_batch_size} on {ranks.world} x {ranks.device.type}")  # fmt: skip
+    print0(
+        f"{config.variant}: {trained:,} trained parameters, {dataset.epoch_length:,} samples an epoch, "
+        f"{steps} steps of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
+    )
 
     meter, pending = Meter(), []
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
     for step in bar:
-        lr = learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_ratio, config.lr_decay_every)
+        lr = learning_rate(
+            step, steps, config.learning_rate, config.lr_scheduler, config.warmup_ratio, config.lr_decay_every
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -372,14 +458,17 @@ def main(config):
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        pending.append({"step": step, "lr": lr, "samples_per_s": meter.tick(config.global_batch_size), "totals": totals})
+        pending.append(
+            {"step": step, "lr": lr, "samples_per_s": meter.tick(config.global_batch_size), "totals": totals}
+        )
         validating = any(map(len, held_out)) and (done % config.val_every == 0 or done == steps)
         if validating:
             pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
-        if validating or done % LOG_EVERY == 0 or done == steps:
+        saving = done % config.save_every == 0 or done == steps
+        if validating or saving or done % LOG_EVERY == 0:
             shown = write_log(log, pending, ranks)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
-        if ranks.main and (done % config.save_every == 0 or done == steps):
+        if ranks.main and saving:
             save(run, vla, optimizer, done)
 
     log.close()

@@ -1,10 +1,19 @@
-"""What the tests share: one simulator, built once per test session."""
+"""What the tests share, each made once per test session: a simulator, small RLDS data sets with labels, a trained run."""
+import io
+import os
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models gain nothing from more threads
+TEXTS = {1: "put the bowl on the stove", 8: "put the bowl on the plate"}  # libero_goal task -> instruction
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +23,164 @@ def sim():
     made = Sim("libero_goal", 8)
     yield made
     made.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RLDS data sets that tensorflow-datasets wrote
+
+
+def picture(background, square, quality):
+    """JPEG bytes, 96 x 96: a plain background with a bright square at (row, column)."""
+    pixels = np.full((96, 96, 3), background, np.uint8)
+    pixels[square[0] : square[0] + 20, square[1] : square[1] + 20] = (220, 200, 40)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def episode(number, rng, latents):
+    """One episode of smooth motion; rotation about x never moves, the gripper closes half-way."""
+    length, task, colour = int(rng.integers(14, 26)), (1, 8)[number % 2], rng.integers(0, 200, 3)
+    phase, steps = rng.uniform(0, 6, 7), []
+    for t in range(length):
+        action = 0.5 * np.sin(phase + 0.3 * t)
+        action[3], action[6] = 0.0, 1.0 if 2 * t > length else -1.0
+        views = {"image": picture(colour, (2 * t, 20 + 20 * (task == 8)), 85), "wrist_image": picture(255 - colour, (40, 2 * t), 70)}
+        observation = {name: io.BytesIO(jpeg) for name, jpeg in views.items()}
+        observation |= {"state": np.cos(phase[0] + 0.1 * t * np.arange(8)).astype(np.float32), "joint_state": np.zeros(7, np.float32)}
+        ends = {"is_first": t == 0, "is_last": t == length - 1, "is_terminal": t == length - 1}
+        step = {"observation": observation, "action": action.astype(np.float32), "language_instruction": TEXTS[task], **ends}
+        step |= {"reward": float(t == length - 1), "discount": 1.0}
+        if latents:
+            step |= {"latent_idx": rng.integers(0, 16, 4).astype(np.float32), "latent_z": rng.normal(size=512).astype(np.float32)}
+        steps.append(step)
+    about = {"file_path": f"made/{number}", "seed": 10_000 + number, "task": task, "suite": "libero_goal", "widen": 0.06}
+    return f"{number:05d}", {"steps": steps, "episode_metadata": about | {"state": rng.normal(size=5 + number % 2)}}
+
+
+def write_rlds(folder, name="made", episodes=8, seed=0, latents=False):
+    """An RLDS data set of two shards in the features of modified_libero_rlds; returns its folder."""
+    import tensorflow_datasets as tfds
+
+    image = {"shape": (96, 96, 3), "encoding_format": "jpeg"}
+    tensor = lambda size, dtype=np.float32: tfds.features.Tensor(shape=(size,), dtype=dtype)  # noqa: E731
+    scalar, text = tfds.features.Scalar, tfds.features.Text
+    observation = {"image": tfds.features.Image(**image), "wrist_image": tfds.features.Image(**image), "state": tensor(8), "joint_state": tensor(7)}
+    step = {"observation": tfds.features.FeaturesDict(observation), "action": tensor(7), "language_instruction": text()}
+    step |= {key: scalar(np.bool_) for key in ("is_first", "is_last", "is_terminal")} | {"reward": scalar(np.float32), "discount": scalar(np.float32)}
+    step |= {"latent_idx": tensor(4), "latent_z": tensor(512)} if latents else {}
+    about = {"file_path": text(), "seed": scalar(np.int64), "task": scalar(np.int64), "suite": text(), "widen": scalar(np.float32), "state": tensor(None, np.float64)}
+    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": tfds.features.FeaturesDict(about)})
+    rng = np.random.default_rng(seed)
+    made = [episode(number, rng, latents) for number in range(episodes)]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name, "1.0.0", features, split_datasets={"train": made}, data_dir=folder, download_config=tfds.download.DownloadConfig(num_shards=2))
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def rlds(tmp_path_factory):
+    """8 episodes without labels."""
+    return write_rlds(tmp_path_factory.mktemp("rlds"))
+
+
+@pytest.fixture(scope="session")
+def rlds_latents(tmp_path_factory):
+    """4 other episodes that carry `latent_idx` and `latent_z` as the paper's release does."""
+    return write_rlds(tmp_path_factory.mktemp("rlds"), "released", 4, 1, True)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where the tests keep indices."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def index(rlds, cache):
+    """The index of `rlds`."""
+    from data import open_index
+    return open_index(rlds, cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What training needs, and one trained run
+
+
+@pytest.fixture(scope="session")
+def labels(index, tmp_path_factory):
+    """Random image-based latent labels of `rlds`, as `latent.py label` writes them."""
+    import torch
+
+    from common import save_tensors
+    path, rng = tmp_path_factory.mktemp("labels") / "labels.safetensors", np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(0, 16, (len(index), 4), dtype=np.uint8))
+    vectors = torch.from_numpy(rng.normal(size=(len(index), 4, 16))).half()
+    save_tensors(path, {"codes": codes, "vectors": vectors}, data=index.fingerprint, lam="made", delta=32, num_codes=16)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(rlds, cache, tmp_path_factory):
+    """Folder of an action tokenizer that latent.py trained on `rlds` for two steps."""
+    import torch
+
+    import latent
+    from common import Ranks
+    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    config = latent.Tokenizer(data=[rlds], out=out, cache=cache, max_steps=2, global_batch_size=16, num_codes=16, code_dim=16)
+    latent.train(config, Ranks(0, 1, torch.device("cpu")))
+    return out
+
+
+@pytest.fixture(scope="session")
+def train_config(rlds, cache, labels, tokenizer):
+    """Function (out, **changes) -> train.Config of a run of seconds on `rlds`."""
+    import train
+
+    def make(out, **changes):
+        small = dict(data=(rlds,), cache=cache, labels=(labels,), tokenizer=str(tokenizer), global_batch_size=4, num_workers=0,
+                     val_fraction=0.25, max_steps=2)
+        return train.Config(**small | {"out": str(out)} | changes)
+    return make
+
+
+@dataclass
+class Script:
+    """A finished command."""
+
+    code: int
+    text: str  # what it printed, errors included
+
+
+def run_script(*words):
+    """Runs one of the scripts, or torchrun, as a user does."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Script(done.returncode, done.stdout)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """`run_script`."""
+    return run_script
+
+
+@dataclass
+class Run:
+    """A run that train.py made: the flags it was given, its folder, and what it printed."""
+
+    flags: list
+    folder: Path
+    text: str
+
+
+@pytest.fixture(scope="session")
+def run(rlds, cache, labels, tmp_path_factory):
+    """One real training run through the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["train.py", "--variant", "la_align", "--data", rlds, "--cache", cache, "--labels", labels, "--max-steps", 40,
+             "--global-batch-size", 4, "--save-every", 5, "--val-fraction", 0.25]
+    done = run_script(*flags, "--out", folder)
+    assert done.code == 0, done.text
+    return Run(flags, folder, done.text)

@@ -1,0 +1,460 @@
+"""data.py against tensorflow-datasets, numpy and examples worked by hand."""
+
+import io
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from conftest import picture
+
+LEVER = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # augmentation draws of one camera
+
+
+@pytest.fixture(scope="module")
+def stats(index):
+    return data.statistics(index)
+
+
+@pytest.fixture
+def chunks(index, stats):
+    """Function (**changes) -> Chunks over `index` with its primary camera and 8 steps."""
+    return lambda **changes: data.Chunks(**dict(indices=[index], stats=[stats], cameras=["image"], chunk=8) | changes)
+
+
+def copied(rlds, folder):
+    """A copy of a data set, the same in every byte but newer."""
+    return shutil.copytree(rlds, folder / rlds.name, copy_function=shutil.copyfile)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Index
+
+
+def test_index_equals_what_tensorflow_datasets_reads(rlds, index):
+    """Every image byte, action, state, instruction and metadata value of every step."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(rlds / "1.0.0")
+    skip = {"steps": {"observation": {camera: tfds.decode.SkipDecoding() for camera in ("image", "wrist_image")}}}
+    order = tfds.ReadConfig(interleave_cycle_length=1)  # shard after shard
+    seen = 0
+    for number, episode in enumerate(builder.as_dataset("train", decoders=skip, read_config=order)):
+        steps = list(episode["steps"].as_numpy_iterator())
+        assert (index.starts[number], index.starts[number + 1]) == (seen, seen + len(steps))
+        for at, step in enumerate(steps, seen):
+            for camera in ("image", "wrist_image"):
+                assert index.jpeg(camera, at) == step["observation"][camera]
+            for name in ("state", "joint_state"):
+                assert np.array_equal(index.columns[name][at], step["observation"][name])
+            for name in ("action", "reward", "is_first", "is_last"):
+                assert np.array_equal(index.columns[name][at], step[name]), name
+            assert index.instructions[number] == step["language_instruction"].decode()
+        about = {name: value.numpy() for name, value in episode["episode_metadata"].items()}
+        assert [index.metadata[name][number] for name in ("seed", "task")] == [about["seed"], about["task"]]
+        assert [index.metadata[name][number] for name in ("file_path", "suite")] == [about["file_path"].decode(), about["suite"].decode()]
+        assert index.metadata["widen"][number] == about["widen"] and index.metadata["state"][number] == about["state"].tolist()
+        seen += len(steps)
+    assert len(index) == seen and len(index.instructions) == 8
+
+
+def test_image_is_the_decoded_jpeg_and_options_reproduce_it(index):
+    """Frames decode to what was drawn; storing one again with the found options gives the stored bytes back."""
+    frame, column = index.image("image", 3), 40 if index.instructions[0].endswith("plate") else 20
+    assert frame.shape == (96, 96, 3) and frame.dtype == np.uint8
+    assert np.abs(frame[10:22, column + 4 : column + 16].astype(int) - (220, 200, 40)).max() < 50  # the square, at row 2 t = 6
+    for camera, quality in (("image", 85), ("wrist_image", 70)):
+        options, buffer, written = index.jpeg_options(camera), io.BytesIO(), picture(90, (30, 30), quality)
+        assert options.pop("size") == 96
+        pixels = np.full((96, 96, 3), 90, np.uint8)
+        pixels[30:50, 30:50] = (220, 200, 40)
+        Image.fromarray(pixels).save(buffer, "JPEG", **options)
+        assert buffer.getvalue() == written
+
+
+def test_second_opening_reads_the_cache(rlds, tmp_path):
+    """An index on disk is used as it is: what was altered there shows."""
+    first = data.open_index(rlds, tmp_path)
+    path = first.cache / "columns.action.npy"
+    before = np.load(path)
+    np.save(path, before + 1)
+    second = data.open_index(rlds, tmp_path)
+    assert np.array_equal(second.columns["action"], before + 1)
+    assert [p.name for p in tmp_path.iterdir()] == [first.cache.name]
+
+
+def test_changed_shard_is_indexed_anew(rlds, index, tmp_path):
+    """The same bytes elsewhere have the same fingerprint; other bytes under the same name get a new index and fingerprint."""
+    folder = copied(rlds, tmp_path)
+    first = data.open_index(folder, tmp_path / "cache")
+    assert first.fingerprint == index.fingerprint
+    shards = [p.read_bytes() for p in first.shards]
+    for path, content in zip(first.shards, reversed(shards)):
+        path.write_bytes(content)
+    second = data.open_index(folder, tmp_path / "cache")
+    assert second.fingerprint != first.fingerprint and second.cache != first.cache
+    episodes = np.split(index.columns["action"], index.starts[1:-1])
+    moved = np.split(second.columns["action"], second.starts[1:-1])
+    assert np.array_equal(moved[0], episodes[-len(episodes) // 2]) and len(moved) == len(episodes)
+
+
+def test_truncated_shard_names_file_and_offset(rlds, tmp_path):
+    """A shard cut inside its last record, inside a header, or at a record's start."""
+    folder = copied(rlds, tmp_path)
+    path = data.open_index(folder, tmp_path / "cache").shards[1]
+    content = path.read_bytes()
+    last = [offset - 12 for offset, _, _ in data.read_records(path)][-1]
+    for length, at in ((len(content) - 100, last), (len(content) - 1, last), (last + 5, last)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{path.name}: .*byte {at} is cut short"):
+            data.open_index(folder, tmp_path / "cache")
+
+
+def test_flipped_bit_names_file_and_offset(rlds, tmp_path):
+    """One bit anywhere in a record: in its length, in its payload, in its checksum."""
+    folder = copied(rlds, tmp_path)
+    path = data.open_index(folder, tmp_path / "cache").shards[0]
+    content = path.read_bytes()
+    second = [offset - 12 for offset, _, _ in data.read_records(path)][1]
+    for place, at in ((second, second), (second + 9, second), (second + 5000, second), (100, 0), (second - 1, 0)):
+        damaged = bytearray(content)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path.name}: wrong checksum .*byte {at}"):
+            data.open_index(folder, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing of the damaged ones was kept
+
+
+def test_record_that_does_not_fit_its_features_is_named(rlds, tmp_path):
+    """An episode whose actions do not have the size that features.json gives: file, offset and feature."""
+    folder = copied(rlds, tmp_path)
+    path = folder / "1.0.0" / "features.json"
+    path.write_text(path.read_text().replace('"7"', '"6"'))
+    with pytest.raises(ValueError, match="made-train.tfrecord-00000-of-00002: record at byte 0: feature steps/.* has .* values"):
+        data.open_index(folder, tmp_path / "cache")
+
+
+def test_missing_and_empty_folders_are_explained(rlds, tmp_path):
+    """No folder, an empty one, one without a shard that its metadata names."""
+    with pytest.raises(FileNotFoundError, match="no such data directory: .*nowhere"):
+        data.open_index(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds 0 RLDS data sets"):
+        data.open_index(tmp_path / "empty", tmp_path)
+    folder = copied(rlds, tmp_path)
+    next(folder.glob("*/*.tfrecord-00001*")).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 shards are missing.*00001-of-00002"):
+        data.open_index(folder, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Standardisation, statistics, normalisation
+
+
+def test_statistics_equal_numpy_over_all_steps(index, stats):
+    """Mean, standard deviation, bounds and quantiles of the standardised actions and of the state."""
+    action = np.array(index.columns["action"], np.float64)
+    action[:, 6] = np.where(action[:, 6] > 0, 0.0, 1.0)  # closed 0, open 1
+    for rows, x in ((stats["action"], action), (stats["proprio"], np.float64(index.columns["state"]))):
+        ordered, n = np.sort(x, 0), len(x)
+        assert np.allclose(rows["mean"], x.sum(0) / n) and np.allclose(rows["std"], np.sqrt(((x - x.sum(0) / n) ** 2).sum(0) / n))
+        assert np.allclose(rows["min"], ordered[0]) and np.allclose(rows["max"], ordered[-1])
+        for name, share in (("q01", 0.01), ("q99", 0.99)):  # linear between the order statistics
+            place = share * (n - 1)
+            low, part = int(place), place - int(place)
+            assert np.allclose(rows[name], ordered[low] * (1 - part) + ordered[low + 1] * part)
+    assert stats["action"]["mask"] == [True] * 6 + [False] and "mask" not in stats["proprio"]
+    assert stats["num_transitions"] == len(index) and stats["num_trajectories"] == 8
+
+
+def test_normalise_by_hand():
+    """Bounds go to -1 and 1 and clip; a constant dimension becomes 0; an unmasked one passes."""
+    rows = {"q01": [-2.0, 3.0, 0.0], "q99": [2.0, 3.0, 1.0], "min": [-9.0, 3.0, 0.0], "max": [9.0, 3.0, 1.0], "mask": [True, True, False]}
+    x = np.array([[-2.0, 3.0, 0.0], [1.0, 3.0, 1.0], [7.0, 3.0, 0.25]])
+    expected = [[-1.0, 0.0, 0.0], [0.5, 0.0, 1.0], [1.0, 0.0, 0.25]]
+    assert np.allclose(data.normalise(x, rows), expected, atol=1e-6)
+    assert np.allclose(data.unnormalise(np.array(expected), rows), [[-2.0, 3.0, 0.0], [1.0, 3.0, 1.0], [2.0, 3.0, 0.25]], atol=1e-6)
+
+
+def test_normalise_round_trip_on_the_data(index, stats):
+    """Inside the bounds, un-normalising gives the physical values back, the constant dimension and the gripper included."""
+    action = data.standardise(index.columns["action"])
+    rows = stats["action"]
+    inside = np.clip(action, rows["q01"], rows["q99"])
+    again = data.unnormalise(data.normalise(action, rows), rows)
+    assert np.allclose(again, inside, atol=1e-6) and np.array_equal(again[:, 6], action[:, 6])
+    assert (data.normalise(action, rows)[:, 3] == 0).all()
+
+
+def test_gripper_keeps_its_sign_through_the_whole_chain(index, stats, chunks):
+    """Stored +1 (close) is +1 for the simulator after standardise, normalise, sample, un-normalise and to_robosuite."""
+    stored = index.columns["action"][:, 6]
+    assert set(stored) == {-1.0, 1.0}
+    for step in (0, int(index.starts[1]) - 1, len(index) - 1):
+        actions = chunks(chunk=1).sample(0, step)["actions"].numpy()
+        assert actions[0, 6] == (1.0 if stored[step] < 0 else 0.0)  # 1 = open
+        assert data.to_robosuite(data.unnormalise(actions, stats["action"]))[0, 6] == stored[step]
+    assert np.array_equal(data.to_robosuite(data.standardise(index.columns["action"]))[:, 6], stored)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_chunk_stops_at_the_end_of_the_episode(index, stats, chunks):
+    """Three steps before an end the chunk has three valid steps, then no motion and a held gripper, nothing of the next one."""
+    whole = data.normalise(data.standardise(index.columns["action"]), stats["action"])
+    end = int(index.starts[2])
+    item = chunks().sample(0, end - 3)
+    assert item["valid"].tolist() == [True] * 3 + [False] * 5
+    assert np.array_equal(item["actions"][:3], whole[end - 3 : end])
+    assert (item["actions"][3:, :6] == 0).all() and (item["actions"][3:, 6] == float(whole[end - 1, 6])).all()
+    assert item["text"] == index.instructions[1] and chunks().sample(0, end)["text"] == index.instructions[2]
+    middle = chunks().sample(0, end)
+    assert middle["valid"].all() and np.array_equal(middle["actions"], whole[end : end + 8])
+
+
+def test_sample_holds_the_observation_of_its_step(index, stats, chunks):
+    """Cameras in the order asked for, proprio normalised."""
+    item = chunks(cameras=["wrist_image", "image"]).sample(0, 20)
+    assert np.array_equal(item["images"][0], index.image("wrist_image", 20)) and np.array_equal(item["images"][1], index.image("image", 20))
+    assert np.array_equal(item["proprio"], data.normalise(index.columns["state"][20], stats["proprio"]))
+
+
+def places(chunks, count):
+    """(data set, step) of the first samples."""
+    return [tuple(chunks._order(p // chunks.epoch_length)[p % chunks.epoch_length]) for p in range(count)]
+
+
+def test_epoch_sees_each_sample_once_in_a_new_order(index, chunks):
+    """Two epochs: every step once in each, in different orders; another seed orders differently; same seed alike."""
+    made, n = chunks(seed=3), len(index)
+    found = places(made, 2 * n)
+    assert made.epoch_length == n and sorted(found[:n]) == sorted(found[n:]) == [(0, step) for step in range(n)]
+    assert found[:n] != found[n:] and found == places(chunks(seed=3), 2 * n) and found != places(chunks(seed=4), 2 * n)
+    assert [made[p]["actions"].tolist() for p in (0, n)] == [made.sample(*found[p])["actions"].tolist() for p in (0, n)]
+
+
+def test_shuffle_is_global(index, chunks):
+    """A batch of 32 spans most episodes of both shards, whatever the order on disk."""
+    for batch in range(3):
+        steps = [step for _, step in places(chunks(), 96)[32 * batch : 32 * batch + 32]]
+        assert len(set(np.searchsorted(index.starts, steps, "right"))) >= 6
+
+
+def test_weights_scale_how_often_a_data_set_occurs(index, stats, chunks):
+    """Per epoch: weight 2 gives each step twice, weight 0.5 half of the steps once."""
+    n = len(index)
+    made = chunks(indices=[index, index], stats=[stats] * 2, weights=[2.0, 0.5])
+    count = Counter(places(made, made.epoch_length))
+    assert made.epoch_length == 2 * n + round(n / 2)
+    assert all(count[0, step] == 2 for step in range(n))
+    assert sorted(count[1, step] for step in range(n)) == [0] * (n - round(n / 2)) + [1] * round(n / 2)
+
+
+def test_held_out_episodes_stay_out(index, chunks):
+    """Splits are disjoint, complete and seeded; a training epoch never reads a held-out step."""
+    kept, held = data.split_episodes(index, 0.25, seed=0)
+    assert len(held) == 2 and sorted([*kept, *held]) == list(range(8))
+    assert any(data.split_episodes(index, 0.25, seed)[1].tolist() != held.tolist() for seed in (1, 2, 3))
+    assert len(data.split_episodes(index, 0.01, 0)[1]) == 1 and len(data.split_episodes(index, 0.0, 0)[1]) == 0
+    made = chunks(episodes=[kept])
+    assert sorted(step for _, step in places(made, made.epoch_length)) == sorted(set(range(len(index))) - set(data.steps_of(index, held)))
+
+
+def test_sizes_and_cameras_must_agree(index, stats, chunks):
+    """A camera that does not exist and data sets of different action sizes are named."""
+    with pytest.raises(ValueError, match=r"made has no camera \['front'\]; it has \['image', 'wrist_image'\]"):
+        chunks(cameras=["front"])
+    other = replace(index, name="other", columns=dict(index.columns, action=index.columns["action"][:, :5]))
+    with pytest.raises(ValueError, match=r"action has shape \(5,\) in other but \(7,\) in made"):
+        chunks(indices=[index, other], stats=[stats, stats])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_ranks_cover_the_global_batch_exactly_once():
+    """Rank r of n reads the rows r::n of each step, in micro-batches, for any n and any micro-batch."""
+    whole = list(data.StepBatches(0, 3, 12, 12))
+    assert whole == [list(range(12)), list(range(12, 24)), list(range(24, 36))]
+    for world, micro in ((1, 4), (2, 6), (3, 2), (4, 3)):
+        parts = [list(data.StepBatches(0, 3, 12, micro, rank, world)) for rank in range(world)]
+        per_step = 12 // world // micro
+        for step in range(3):
+            rows = [sum(part[step * per_step : (step + 1) * per_step], []) for part in parts]
+            assert rows == [list(range(12 * step + rank, 12 * step + 12, world)) for rank in range(world)]
+        assert all(len(data.StepBatches(0, 3, 12, micro, rank, world)) == len(part) for rank, part in enumerate(parts))
+
+
+def test_later_start_equals_the_tail():
+    """A sampler from step k on gives what the whole one gives from there: nothing to skip, nothing to remember."""
+    assert list(data.StepBatches(5, 9, 8, 2, 1, 2)) == list(data.StepBatches(0, 9, 8, 2, 1, 2))[5 * 2 :]
+
+
+def same(a, b):
+    """Whether two batches are equal in every bit."""
+    return a.keys() == b.keys() and all(
+        torch.equal(x, y) if torch.is_tensor(x) else (all(map(torch.equal, x, y)) if k == "images" else x == y) for (k, x), y in zip(a.items(), b.values()))
+
+
+def test_any_number_of_workers_gives_the_same_batches(chunks):
+    """0 and 2 workers: images, actions, texts and augmentation draws; and a later start gives the same later batch."""
+    made = chunks(cameras=["image", "wrist_image"], seed=5)
+    read = lambda workers, first=0: list(DataLoader(made, batch_sampler=data.StepBatches(first, 4, 6, 3), num_workers=workers))  # noqa: E731
+    alone, shared = read(0), read(2)
+    assert len(alone) == len(shared) == 8 and all(map(same, alone, shared))
+    assert all(map(same, alone[4:], read(0, first=2))) and not same(alone[0], alone[1])
+
+
+def test_draws_are_keyed_by_seed_sample_and_camera(chunks):
+    """Uniform numbers that no two (seed, sample, camera) share."""
+    made = [chunks(cameras=["image", "wrist_image"], seed=seed)[p]["draws"] for seed in (0, 1) for p in (0, 1, 200)]
+    drawn = torch.stack(made)  # [6, 2, 6]
+    assert drawn.shape == (6, 2, 6) and len(drawn.flatten().unique()) == drawn.numel() and drawn.min() >= 0 and drawn.max() < 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latent labels
+
+
+def test_labels_follow_their_steps(index, labels, chunks):
+    """A chunk's labels are those of its steps; past the end the last one is repeated (and masked)."""
+    found = data.load_labels(index, labels)
+    assert (found.delta, found.num_codes, found.dim, found.quantised, found.fingerprint) == (32, 16, 16, False, "made")
+    end = int(index.starts[1])
+    item = chunks(labels=[found]).sample(0, end - 2)
+    rows = [end - 2, end - 1] + [end - 1] * 6
+    assert item["codes"].dtype == torch.int64 and np.array_equal(item["codes"], found.codes[rows])
+    assert np.array_equal(item["vectors"], found.vectors[rows].astype(np.float32))
+
+
+def test_labels_of_other_data_or_delta_are_refused(index, labels):
+    """The error names both fingerprints and the remedy."""
+    with pytest.raises(ValueError, match=f"fingerprint {index.fingerprint}, but .* has 0000.*latent.py label"):
+        data.load_labels(replace(index, fingerprint="0000"), labels)
+    with pytest.raises(ValueError, match="made with delta 32, but --delta is 11"):
+        data.load_labels(index, labels, delta=11)
+
+
+def test_labels_in_the_data_itself_are_used(rlds_latents, cache, tmp_path):
+    """`latent_idx` (floats) and `latent_z` of the paper's release, marked as quantised; a label file comes first."""
+    index = data.open_index(rlds_latents, cache)
+    found = data.load_labels(index, data.label_path(index, rlds_latents), delta=11)
+    assert found.quantised and (found.num_codes, found.dim, found.delta) == (16, 128, 11)
+    made = data.Chunks([index], [data.statistics(index)], ["image"], 4, labels=[found])
+    item = made.sample(0, 5)
+    assert np.array_equal(item["codes"], index.columns["latent_idx"][5:9].astype(int)) and item["codes"].dtype == torch.int64
+    assert np.array_equal(item["vectors"].reshape(4, 512), index.columns["latent_z"][5:9])
+
+
+def test_data_without_labels_has_none(index, rlds):
+    """Nothing beside the data, nothing in the cache, no field in the records."""
+    assert data.load_labels(index, data.label_path(index, rlds)) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def ramp(size=40):
+    """u8 [1, size, size, 3]: red grows by 5 a column, green by 5 a row, blue is constant."""
+    row = torch.arange(size, dtype=torch.uint8) * 5
+    return torch.stack([row.expand(size, size), row[:, None].expand(size, size), torch.full((size, size), 77, dtype=torch.uint8)], -1)[None]
+
+
+def test_centre_crop_by_hand():
+    """sqrt(0.9) of each edge about the centre: on a ramp, output pixel j shows the input at side (j + 1/2 - 10) 2 + 20 - 1/2."""
+    pixels = (data.prepare_images([ramp()], 20)[0, 0] + 1) / 2 * 255  # [3, 20, 20]
+    where = 0.9**0.5 * (torch.arange(20) + 0.5 - 10) * 2 + 20 - 0.5  # in input pixels
+    assert torch.allclose(pixels[0], (5 * where).expand(20, 20), atol=1e-3)
+    assert torch.allclose(pixels[1], (5 * where)[:, None].expand(20, 20), atol=1e-3)
+    assert torch.allclose(pixels[2], torch.tensor(77.0), atol=1e-3)
+
+
+def test_whole_image_without_crop():
+    """`crop=False` at the stored size changes nothing but the scale."""
+    pixels = data.prepare_images([ramp()], 40, crop=False)
+    assert pixels.shape == (1, 1, 3, 40, 40) and torch.allclose(pixels[0, 0], ramp()[0].permute(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_middle_draws_are_the_evaluation_view():
+    """With all draws 0.5 training sees the centre crop in its own colours."""
+    images = [torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)] * 2
+    assert torch.allclose(data.prepare_images(images, 32, torch.full((3, 2, 6), 0.5)), data.prepare_images(images, 32), atol=1e-4)
+
+
+def test_augmentation_is_a_function_of_its_draws():
+    """The same draws give the same pixels whatever else is in the batch; each draw matters; cameras have their own."""
+    image = torch.randint(40, 200, (1, 32, 32, 3), dtype=torch.uint8)
+    u = torch.from_numpy(LEVER).float().expand(1, 1, 6).clone()
+    alone = data.prepare_images([image], 32, u)
+    both = data.prepare_images([image.expand(4, -1, -1, -1)], 32, torch.cat([u, torch.rand(3, 1, 6)]))
+    assert torch.allclose(both[:1], alone, atol=1e-6)
+    for number in range(6):
+        other = u.clone()
+        other[..., number] += 0.3
+        assert (data.prepare_images([image], 32, other) - alone).abs().max() > 0.01, number
+    two = data.prepare_images([image, image], 32, torch.cat([u, 1 - u], 1))
+    assert torch.equal(two[:, 0], alone[:, 0]) and not torch.allclose(two[:, 1], alone[:, 0], atol=0.01)
+
+
+def test_random_crop_moves_within_the_image():
+    """Draws 0 and 1 put the crop at the edges: rows and columns 0 to sqrt(0.9) and the rest, never outside."""
+    for draw, low in ((0.0, 0.0), (1.0, 40 * (1 - 0.9**0.5))):
+        u = torch.full((1, 1, 6), 0.5)
+        u[..., :2] = draw
+        pixels = (data.prepare_images([ramp()], 20, u)[0, 0] + 1) / 2 * 255
+        where = low + 0.9**0.5 * (torch.arange(20) + 0.5) * 2 - 0.5
+        assert torch.allclose(pixels[0, 10], 5 * where, atol=0.01) and torch.allclose(pixels[1, :, 10], 5 * where, atol=0.01)
+    u = torch.tensor([[[1.0, 0.0, 0.5, 0.5, 0.5, 0.5]]])
+    pixels = data.prepare_images([ramp()], 20, u)[0, 0]
+    assert pixels[0].mean() > pixels[1].mean() + 0.01  # the first draw moves along columns, the second along rows
+
+
+def by_hand(pixels, brightness, contrast, saturation, turns):
+    """Brightness, contrast about each channel's mean, then chroma scaled and turned in YIQ, one after another."""
+    yiq = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    x = pixels + brightness
+    x = (x - x.mean((0, 1))) * contrast + x.mean((0, 1))
+    y, i, q = np.moveaxis(x @ yiq.T, -1, 0)
+    chroma = (i + 1j * q) * saturation * np.exp(2j * np.pi * turns)
+    return np.clip(np.stack([y, chroma.real, chroma.imag], -1) @ np.linalg.inv(yiq).T, 0, 1)
+
+
+@pytest.mark.parametrize("u", ([0, 0.5, 0.5, 0.5], [1, 0.5, 0.5, 0.5], [0.5, 0, 0.5, 0.5], [0.5, 1, 0.5, 0.5], [0.5, 0.5, 0, 0.5],
+                               [0.5, 0.5, 1, 0.5], [0.5, 0.5, 0.5, 0], [0.5, 0.5, 0.5, 1], [0.1, 0.8, 0.3, 0.9]))  # fmt: skip
+def test_colours_equal_the_four_operations_one_after_another(u):
+    """+-0.2 brightness, 0.8 to 1.2 contrast and saturation, +-0.05 of a turn of hue, on a picture with a colour cast."""
+    pixels = np.random.default_rng(0).uniform(0, 0.6, (8, 8, 3)) * (1.0, 0.5, 0.3) + 0.2
+    expected = by_hand(pixels, 0.4 * u[0] - 0.2, 0.8 + 0.4 * u[1], 0.8 + 0.4 * u[2], 0.1 * u[3] - 0.05)
+    found = data.jitter(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), torch.tensor([u], dtype=torch.float32))
+    assert np.allclose(found[0].permute(1, 2, 0), expected, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_command_prints_what_is_in_the_data(rlds, index, cache, script):
+    """Counts, instructions, shapes and statistics as they are, and a picture with a column per episode."""
+    done = script("data.py", rlds, "--cache", cache)
+    assert done.code == 0, done.text
+    lengths = np.diff(index.starts)
+    assert f"made: 8 episodes, {len(index)} steps ({lengths.min()} to {lengths.max()} an episode), fingerprint {index.fingerprint}" in done.text
+    assert "4 episodes: put the bowl on the stove" in done.text and "4 episodes: put the bowl on the plate" in done.text
+    assert "camera image: (96, 96, 3)" in done.text and "camera wrist_image: (96, 96, 3)" in done.text
+    assert "column action: float32 (7,)" in done.text
+    mean = [float(word) for word in next(line for line in done.text.splitlines() if line.split()[:2] == ["action", "mean"]).split()[2:]]
+    assert np.allclose(mean, data.standardise(index.columns["action"]).mean(0), atol=1e-4)
+    with Image.open(done.text.split("contact sheet: ")[1].strip()) as sheet:
+        assert sheet.size == (8 * 160, 4 * 160)
+        last = np.asarray(Image.fromarray(index.image("image", int(index.starts[1]) - 1)).resize((160, 160)), int)
+        assert np.abs(np.asarray(sheet, int)[160 + 20 : 320, 0:160] - last[20:]).max() == 0  # below its caption

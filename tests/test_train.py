@@ -1,0 +1,353 @@
+"""train.py: a real run, its log and files; accumulation, processes and resuming change nothing; bad input harms nothing."""
+
+import ast
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from torch.utils.data import default_collate
+
+import common
+import eval as evaluation
+import latent
+import model
+import train
+from conftest import ROOT
+
+ONE = common.Ranks(0, 1, torch.device("cpu"))
+
+
+def log_of(run):
+    """The objects in a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def column(log, name):
+    """One value of every step."""
+    return [entry[name] for entry in log]
+
+
+def contents(folder):
+    """{path: hash} of all files in a folder."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_run_writes_what_it_promises(run, index):
+    """The named files, one object per step with the named keys, statistics under the data set's name, the next command."""
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "dataset_statistics.json", "model.safetensors", "training.safetensors", "log.jsonl"}
+    log = log_of(run.folder)
+    assert column(log, "step") == list(range(40))
+    assert all({"step", "loss", "action_loss", "latent_loss", "lr", "samples_per_s"} <= entry.keys() for entry in log)
+    assert all(math.isclose(e["loss"], e["action_loss"] + e["latent_loss"], rel_tol=1e-6) and e["samples_per_s"] > 0 for e in log)
+    assert "val_action_l1" in log[-1]
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["train"]["variant"] == config["model"]["variant"] == "la_align" and config["train"]["global_batch_size"] == 4
+    (entry,) = config["data"]
+    assert (entry["name"], entry["fingerprint"]) == ("made", index.fingerprint) and list(entry["cameras"]) == ["image", "wrist_image"]
+    assert (entry["suite"], entry["tasks"], entry["widen"], entry["seeds"]) == ("libero_goal", [1, 8], pytest.approx(0.06), [10_000, 10_007])
+    stats = json.loads((run.folder / "dataset_statistics.json").read_text())
+    assert stats.keys() == {"made"} and stats["made"]["num_transitions"] == len(index)
+    assert f"python eval.py {run.folder}" in run.text
+
+
+def test_training_learns(run):
+    """Within 40 steps both losses of the last ten are below those of the first ten."""
+    log = log_of(run.folder)
+    for name in ("action_loss", "latent_loss"):
+        assert np.mean(column(log, name)[-10:]) < 0.9 * np.mean(column(log, name)[:10]), name
+
+
+def test_learning_rates_in_the_log(run):
+    """The default schedule: a cosine from the peak at the first step to 1 % of it after the last."""
+    lrs = column(log_of(run.folder), "lr")
+    assert np.allclose(lrs, [1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * s / 40)) / 2) for s in range(40)])
+
+
+def test_saved_model_is_the_trained_one(train_config, tmp_path):
+    """Loaded twice, a run predicts bit-identically; its error on held-out steps is the last one of training, and by hand."""
+    train.main(train_config(tmp_path / "run", variant="la_align", max_steps=3))
+    (first, _), (second, _) = model.load_vla(tmp_path / "run"), model.load_vla(tmp_path / "run")
+    dataset, held_out, *_ = train.setup(train_config(tmp_path / "other", variant="la_align", max_steps=3), ONE)
+    batch = default_collate([dataset.sample(0, int(step)) for step in held_out[0]])
+    with torch.no_grad():
+        actions = first.run(batch)[0]
+        assert torch.equal(actions, second.run(batch)[0])
+    logged = log_of(tmp_path / "run")[-1]["val_action_l1"]
+    assert train.validate(first.eval(), dataset, held_out, ONE) == logged
+    error = (actions - batch["actions"]).abs().numpy()[batch["valid"].numpy()]
+    assert len(held_out[0]) > 20 and logged == pytest.approx(error.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("image_aug", (True, False))
+def test_first_loss_is_that_of_the_first_batch(image_aug, train_config, tmp_path):
+    """Step 0 sees samples 0..3 of the seeded stream, augmented or not as asked, with the seeded weights."""
+    train.main(train_config(tmp_path / "run", variant="la_direct", image_aug=image_aug, max_steps=1))
+    dataset, _, vla, *_ = train.setup(train_config(tmp_path / "other", variant="la_direct", image_aug=image_aug, max_steps=1), ONE)
+    batch = default_collate([dataset[p] for p in range(4)])
+    plain = {name: value for name, value in batch.items() if name != "draws"}
+    with torch.no_grad():
+        augmented, centred = vla(batch)["loss"].item(), vla(plain)["loss"].item()
+    assert augmented != centred
+    assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(augmented if image_aug else centred, rel=1e-6)
+
+
+def test_epochs_replace_max_steps(train_config, tmp_path, index):
+    """0.1 epochs of the training episodes, rounded up to whole batches."""
+    train.main(train_config(tmp_path / "run", variant="baseline", epochs=0.1, max_steps=99))
+    kept, _ = train.split_episodes(index, 0.25, 0)
+    samples = sum(np.diff(index.starts)[kept])
+    assert len(log_of(tmp_path / "run")) == math.ceil(0.1 * samples / 4)
+
+
+def test_la_tok_targets_do_not_depend_on_what_lies_past_the_end(tokenizer):
+    """The codes of a chunk are the tokenizer's own for the actions inside the episode."""
+    frozen = latent.load_tokenizer(tokenizer)
+    actions, valid = torch.rand(6, 8, 7) * 2 - 1, torch.arange(8).expand(6, 8) < 5
+    inside, outside = actions * valid[..., None], torch.where(valid[..., None], actions, 0.9)
+    found = train.add_action_codes({"actions": outside, "valid": valid}, frozen)
+    codes, vectors = frozen.encode(inside)
+    assert torch.equal(found["codes"], codes[:, :, None]) and torch.equal(found["vectors"], vectors[:, :, None])
+
+
+def test_two_data_sets_keep_their_own_statistics(rlds, rlds_latents, train_config, tmp_path):
+    """Trained on both, a run knows both statistics, and prediction must say whose to use."""
+    train.main(train_config(tmp_path / "run", variant="baseline", data=(rlds, rlds_latents), labels=(), data_weights=(1.0, 0.5), max_steps=1))
+    with pytest.raises(ValueError, match=r"has statistics of \['made', 'released'\], not of ''"):
+        model.Policy(tmp_path / "run")
+    views, proprio = [np.zeros((1, 96, 96, 3), np.uint8)] * 2, np.zeros((1, 8), np.float32)
+    made, released = (model.Policy(tmp_path / "run", name) for name in ("made", "released"))
+    assert not np.allclose(made(views, ["put the bowl on the plate"], proprio), released(views, ["put the bowl on the plate"], proprio), atol=1e-3)
+
+
+def test_policy_speaks_physical_units(run, index):
+    """A prediction is the network's, un-normalised by hand: masked dimensions in metres and radians, the gripper as it is."""
+    policy = model.Policy(run.folder)
+    views, proprio = [index.image(c, 7)[None] for c in ("image", "wrist_image")], index.columns["state"][7:8]
+    (found,) = policy(views, [index.instructions[0]], proprio)
+    stats = policy.stats["proprio"]
+    low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    normalised = torch.from_numpy(np.clip(2 * (proprio - low) / (high - low + 1e-8) - 1, -1, 1)).float()
+    normalised[:, low == high] = 0  # a state that never moves
+    with torch.no_grad():
+        (raw,) = policy.vla.run({"images": [torch.from_numpy(v.copy()) for v in views], "text": [index.instructions[0]], "proprio": normalised})[0].numpy()
+    low, high = np.array(policy.stats["action"]["q01"]), np.array(policy.stats["action"]["q99"])
+    assert found.shape == (8, 7) and np.allclose(found[:, 6], raw[:, 6], atol=1e-6)
+    assert np.allclose(found[:, :6], ((raw + 1) / 2 * (high - low) + low)[:, :6], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same losses however the work is cut
+
+
+LOSSES = ("loss", "action_loss", "latent_loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def whole(train_config, tmp_path_factory):
+    """Log of four steps of 16 samples at once, and its changes to the small config."""
+    changes = dict(variant="la_cond", global_batch_size=16, max_steps=4)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.main(train_config(out, **changes))
+    return log_of(out), changes
+
+
+def assert_same_losses(log, expected):
+    """Losses, gradient norms and the held-out error agree to rounding at every step."""
+    for name in LOSSES:
+        assert np.allclose(column(log, name), column(expected, name), rtol=2e-4), name
+    assert log[-1]["val_action_l1"] == pytest.approx(expected[-1]["val_action_l1"], rel=1e-3)
+
+
+def test_accumulation_equals_the_big_batch(whole, train_config, tmp_path):
+    """4 x 4 samples instead of 16."""
+    train.main(train_config(tmp_path / "run", **whole[1], per_device_batch_size=4))
+    assert_same_losses(log_of(tmp_path / "run"), whole[0])
+
+
+def test_two_processes_equal_one(whole, rlds, cache, labels, script, tmp_path):
+    """torchrun with two processes, each of which accumulates 2 x 4 samples, with workers that decode."""
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "--variant", "la_cond", "--data", rlds,
+                  "--cache", cache, "--labels", labels, "--global-batch-size", 16, "--per-device-batch-size", 4, "--max-steps", 4,
+                  "--val-fraction", 0.25, "--out", tmp_path / "run")  # fmt: skip
+    assert done.code == 0, done.text
+    assert_same_losses(log_of(tmp_path / "run"), whole[0])
+
+
+def test_killed_run_resumes_bit_identically(run, script, tmp_path):
+    """Killed after a save and resumed, with other workers: every loss and every weight of the uninterrupted run."""
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, *map(str, run.flags), "--out", out], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while not (out / "training.safetensors").exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+    _, info = common.load_tensors(out / "training.safetensors")
+    assert process.returncode == -9 and int(info["step"]) < 40
+    done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0)
+    assert done.code == 0, done.text
+    assert column(log_of(out), "step") == list(range(40))
+    for name in (*LOSSES, "lr"):
+        assert column(log_of(out), name) == column(log_of(run.folder), name), name
+    tensors, _ = common.load_tensors(out / "model.safetensors")
+    for name, tensor in common.load_tensors(run.folder / "model.safetensors")[0].items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
+    """A run that was killed before it saved anything is trained from the start."""
+    train.main(train_config(tmp_path / "run", variant="baseline"))
+    expected = column(log_of(tmp_path / "run"), "loss")
+    for name in ("model.safetensors", "training.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    train.main(train_config(tmp_path / "run", variant="baseline", resume=True))
+    assert column(log_of(tmp_path / "run"), "loss") == expected and (tmp_path / "run" / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@pytest.mark.parametrize("module", (train, evaluation))
+def test_every_setting_is_read(module):
+    """No field of a script's config is there for nothing: each is read as `config.<field>`."""
+    tree = ast.parse(open(module.__file__).read())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "config"}
+    assert {field.name for field in fields(module.Config)} <= read
+
+
+def test_schedules_by_hand():
+    """Warm-up in equal steps; constant; halved every n steps; cosine to 1 %; nothing else."""
+    rate = lambda schedule, steps, **options: [common.learning_rate(s, 10, 1.0, schedule, **options) for s in steps]  # noqa: E731
+    assert np.allclose(rate("constant", range(5), warmup_ratio=0.3), [1 / 4, 2 / 4, 3 / 4, 1, 1])
+    assert rate("constant", range(3)) == [1, 1, 1]
+    assert rate("step", (0, 2, 3, 5, 6, 9), decay_every=3) == [1, 1, 0.5, 0.5, 0.25, 0.125]
+    assert np.allclose(rate("cosine", (2, 6, 10), warmup_ratio=0.2), [1, 0.505, 0.01])
+    with pytest.raises(ValueError, match="lr_scheduler is 'linear'; choose constant, step or cosine"):
+        rate("linear", [0])
+
+
+def test_what_is_decayed(train_config, tmp_path):
+    """Matrices decay, `gate_proj` among them; norms, biases, gates and queries never; every trained tensor is in one group."""
+    _, _, vla, *_ = train.setup(train_config(tmp_path / "run", variant="la_align"), ONE)
+    decayed, plain = common.parameter_groups(vla, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    name_of = {id(p): name for name, p in vla.named_parameters()}
+    decayed, plain = ({name_of[id(p)] for p in group["params"]} for group in (decayed, plain))
+    assert not decayed & plain and decayed | plain == set(name_of.values())
+    assert {"queries", "head.queries", "head.blocks.0.gate", "head.norm.weight", "backbone.qwen.language_model.norm.weight", "latent_head.bias"} <= plain
+    assert {"latent_head.weight", "head.out.weight", "head.blocks.0.image.weight"} <= decayed
+    assert {f"backbone.qwen.language_model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")} <= decayed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("changes, message", (
+    ({"global_batch_size": 6, "per_device_batch_size": 4}, "per_device_batch_size is 4; it must divide the 6 samples"),
+    ({"val_fraction": 1.0}, "val_fraction is 1.0; it must be at least 0 and below 1"),
+    ({"data_weights": (1.0, 2.0)}, "data_weights has 2 entries for 1 data sets"),
+    ({"out": "", "resume": True}, "resume is set but out is not"),
+    ({"cameras": ("front",)}, r"no camera \['front'\]; it has \['image', 'wrist_image'\]"),
+    ({"align_target": "quantised"}, "hold continuous vectors, but align_target is 'quantised'"),
+    ({"chunk": 5, "variant": "la_tok"}, "action tokenizer .*'chunk': 8.*'chunk': 5"),
+    ({"text_length": 8}, "text_length is 8; train with a larger --text-length"),
+))  # fmt: skip
+def test_settings_that_cannot_work(changes, message, train_config, tmp_path):
+    """A ValueError with the field and the value."""
+    with pytest.raises(ValueError, match=message):
+        train.main(train_config(tmp_path / "run", **changes))
+
+
+def test_batch_that_the_processes_cannot_share(train_config, tmp_path):
+    """6 samples for 4 processes."""
+    with pytest.raises(ValueError, match="global_batch_size is 6; it must be a multiple of the 4 processes"):
+        train.check(train_config(tmp_path, global_batch_size=6), 4)
+
+
+def test_unknown_variant(script, rlds, tmp_path):
+    """The command line lists the five and makes no folder."""
+    done = script("train.py", "--variant", "la_best", "--data", rlds, "--out", tmp_path / "run")
+    assert done.code != 0 and "la_best" in done.text and "la_align" in done.text and not (tmp_path / "run").exists()
+
+
+def commands_in(message):
+    """The latent.py commands in an error message, parsed as the command line would be."""
+    lines = re.findall(r"python latent\.py ([^&\n]+)", message)
+    return [tyro.extras.subcommand_cli_from_dict(latent.COMMANDS, args=line.split()) for line in lines]
+
+
+def test_missing_labels_name_the_commands_that_make_them(rlds, train_config, tmp_path):
+    """Two commands that latent.py accepts: a model, then labels at the place where training looks; no folder is made."""
+    for where in ((), (tmp_path / "nowhere.safetensors",)):
+        with pytest.raises(FileNotFoundError, match="variant la_direct needs latent labels") as caught:
+            train.main(train_config(tmp_path / "run", variant="la_direct", labels=where))
+        lam, label = commands_in(str(caught.value))
+        assert lam.data == [rlds] and label.data == rlds and lam.out == label.lam
+        if where:
+            assert label.out == where[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_tokenizer_names_the_command_that_makes_it(rlds, train_config, tmp_path):
+    """One command that latent.py accepts, with the folder where training looks."""
+    with pytest.raises(FileNotFoundError, match="variant la_tok needs an action tokenizer") as caught:
+        train.main(train_config(tmp_path / "run", variant="la_tok", tokenizer=str(tmp_path / "tokenizer")))
+    (made,) = commands_in(str(caught.value))
+    assert made.data == [rlds] and made.out == tmp_path / "tokenizer" and not (tmp_path / "run").exists()
+
+
+def test_labels_of_the_release_need_an_explicit_choice(rlds_latents, train_config, tmp_path):
+    """Quantised vectors are refused by default and train when asked for."""
+    released = dict(variant="la_align", data=(rlds_latents,), labels=(), max_steps=1)
+    with pytest.raises(ValueError, match="hold quantised vectors, but align_target is 'continuous'"):
+        train.main(train_config(tmp_path / "run", **released))
+    train.main(train_config(tmp_path / "run", **released, align_target="quantised"))
+    assert log_of(tmp_path / "run")[0]["latent_loss"] > 0
+
+
+def test_existing_folder_stays_untouched(train_config, tmp_path):
+    """Nothing is written into a folder that holds something."""
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="exists and is not empty.*--out.*--resume"):
+        train.main(train_config(tmp_path, variant="baseline"))
+    assert contents(tmp_path) == before
+
+
+def test_resume_with_other_settings_is_refused(run, rlds, cache, labels, train_config, tmp_path):
+    """The changed setting is named with both values, and the run stays as it is."""
+    out = shutil.copytree(run.folder, tmp_path / "run")
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"trained with other settings: .*learning_rate 0.001 \(now 0.1\)"):
+        train.main(train_config(out, variant="la_align", max_steps=40, learning_rate=0.1, resume=True))
+    assert contents(out) == before
+
+
+def test_checkpoint_of_another_action_size_is_refused(run, tmp_path):
+    """Which tensor has which shape."""
+    out = shutil.copytree(run.folder, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config["model"]["action_size"] = 6
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"head.out.weight is \(7, 64\), the model's is \(6, 64\)"):
+        model.load_vla(out)
+
+
+def test_statistics_missing_for_a_data_set(run):
+    """Those that there are, and the one asked for."""
+    with pytest.raises(ValueError, match=r"has statistics of \['made'\], not of 'libero_10'"):
+        model.Policy(run.folder, "libero_10")
