@@ -139,6 +139,7 @@ def save_tensors(path, tensors, **info):
         temporary,
         {k: str(v) for k, v in info.items()},
     )
+    temporary.chmod(0o644)  # safetensors writes files that only their owner may read
     temporary.replace(path)
 
 

@@ -129,7 +129,7 @@ def test_look_equals_the_training_path(sim, cameras):
 
 
 def test_chunks_run_open_loop_and_cameras_draw_only_at_looks(sim, cameras, steps):
-    """20 steps are 8 + 8 + 4: three looks, all actions in order with the gripper's sign, a frame at the chunks' ends."""
+    """20 steps are 8 + 8 + 4: three looks, all actions in order, the gripper's sign, a frame at each chunk's end."""
     policy = Recorder()
     success, taken = evaluation.run_episode(sim, policy, cameras, 2, 0.0, TASK, 20)
     assert (success, taken, len(policy.seen)) == (False, 20, 3)
