@@ -118,13 +118,13 @@ def run_episode(sim, policy, cameras, seed, widen, instruction, limit, blind=Fal
     return success, steps
 
 
-def save_gif(path, frames, caption, every=2):
-    """frames: list of u8 [h, w, 3] at 20 Hz -> a GIF at 10 Hz with a line of text, its last frame held."""
+def save_gif(path, frames, caption, every=4):
+    """frames: list of u8 [h, w, 3] at 20 Hz -> a GIF at 5 Hz with a line of text, its last frame held."""
     pictures = []
-    for frame in frames[::every] + frames[-1:] * 8:
+    for frame in frames[::every] + frames[-1:] * 5:
         picture = Image.fromarray(frame)
         ImageDraw.Draw(picture).text((6, 4), caption, fill="white", stroke_width=2, stroke_fill="black")
-        pictures.append(picture)
+        pictures.append(picture.quantize(96))
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50 * every, loop=0, optimize=True)
 

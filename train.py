@@ -143,7 +143,7 @@ class Config:
     """decay of matrices; norms, biases and queries are never decayed"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    max_steps: int = 8000
+    max_steps: int = 6500
     """optimizer steps"""
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""
@@ -157,7 +157,7 @@ class Config:
     """steps between saves"""
     seed: int = 0
     """of weights, order and augmentation"""
-    num_workers: int = 1
+    num_workers: int = 2
     """processes per rank that decode images (0: the training process itself)"""
     wandb_project: str = ""
     """log to this wandb project too"""
@@ -214,7 +214,9 @@ def _load_tokenizer(folder, chunk, indices, stats):
     expected = {"chunk": chunk, "action_size": indices[0].columns["action"].shape[1]}
     found = {name: tokenizer.config[name] for name in expected}
     if found != expected:
-        raise ValueError(f"the action tokenizer in {folder} is for {found}, but this run has {expected}; make another one")
+        raise ValueError(
+            f"the action tokenizer in {folder} is for {found}, but this run has {expected}; make another one"
+        )
     trained_on = json.loads((folder / "dataset_statistics.json").read_text())
     for index, own in zip(indices, stats):
         if trained_on.get(index.name) != own:
@@ -351,12 +353,14 @@ def prepare_run(config, ranks, description):
     """
     run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume and (run / "training.safetensors").exists():
-        before = json.loads((run / "config.json").read_text())["train"]
+        before = json.loads((run / "config.json").read_text())
         changed = {
-            k: (before.get(k), v)
+            k: (before["train"].get(k), v)
             for k, v in description["train"].items()
-            if before.get(k) != v and k not in FREE_TO_CHANGE
+            if before["train"].get(k) != v and k not in FREE_TO_CHANGE
         }
+        data = [[entry["fingerprint"] for entry in d["data"]] for d in (before, description)]
+        changed |= {} if data[0] == data[1] else {"contents of the data": data}
         if changed:
             raise ValueError(
                 f"{run} was trained with other settings: "
@@ -386,6 +390,9 @@ def setup(config, ranks):
     """Everything the loop needs: data, targets, model, optimizer, run folder."""
     check(config, ranks.world)
     indices = [open_index(folder, config.cache) for folder in config.data]
+    names = [index.name for index in indices]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data holds two data sets of one name, {names}; rename one, as statistics are kept by name")
     cameras = choose_cameras(config, indices[0])
     stats = [statistics(index) for index in indices]
     labels, tokenizer = load_targets(config, indices, stats)

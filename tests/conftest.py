@@ -292,3 +292,22 @@ def run(rlds, cache, labels, tmp_path_factory):
     done = run_script(*flags, "--out", folder)
     assert done.code == 0, done.text
     return Run(flags, folder, done.text)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Function (dtype) -> folder of a small random Qwen3-VL as transformers saves it."""
+
+    import torch
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
+
+    import model
+
+    def make(dtype):
+        folder, tokenizer = tmp_path_factory.mktemp("qwen"), model.tiny_tokenizer()
+        torch.manual_seed(7)
+        Qwen3VLForConditionalGeneration(model.tiny_config(tokenizer)).to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

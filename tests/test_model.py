@@ -498,20 +498,6 @@ def test_what_cannot_work_is_refused(variant, changes, message):
 # A pretrained checkpoint
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Function (dtype) -> folder of a small random Qwen3-VL as transformers saves it."""
-
-    def make(dtype):
-        folder, tokenizer = tmp_path_factory.mktemp("qwen"), model.tiny_tokenizer()
-        torch.manual_seed(7)
-        Qwen3VLForConditionalGeneration(model.tiny_config(tokenizer)).to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_pretrained_checkpoint_trains_by_lora_and_loads_again(dtype, checkpoint, train_config, tmp_path):
     """Load, train, save what was trained, load: bit-identical actions; the base is neither changed nor saved."""

@@ -116,19 +116,23 @@ def test_saved_model_is_the_trained_one(train_config, tmp_path):
     assert len(held_out[0]) > 20 and logged == pytest.approx(error.mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("image_aug", (True, False))
-def test_first_loss_is_that_of_the_first_batch(image_aug, train_config, tmp_path):
-    """Step 0 sees samples 0..3 of the seeded stream, augmented or not as asked, with the seeded weights."""
-    train.main(train_config(tmp_path / "run", variant="la_direct", image_aug=image_aug, max_steps=1))
-    dataset, _, vla, *_ = train.setup(
-        train_config(tmp_path / "other", variant="la_direct", image_aug=image_aug, max_steps=1), ONE
-    )
+@pytest.mark.parametrize("variant, image_aug", (("la_direct", True), ("la_direct", False), ("la_tok", True)))
+def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config, tmp_path):
+    """Step 0 sees samples 0..3 of the seeded stream, augmented or not, with the seeded weights and their targets."""
+    flags = dict(variant=variant, image_aug=image_aug, max_steps=1)
+    train.main(train_config(tmp_path / "run", **flags))
+    dataset, _, vla, actions_to_codes, *_ = train.setup(train_config(tmp_path / "other", **flags), ONE)
     batch = default_collate([dataset[p] for p in range(4)])
+    assert (actions_to_codes is None) == (variant == "la_direct")
+    if actions_to_codes:
+        batch = train.add_action_codes(batch, actions_to_codes)
     plain = {name: value for name, value in batch.items() if name != "draws"}
     with torch.no_grad():
-        augmented, centred = vla(batch)["loss"].item(), vla(plain)["loss"].item()
-    assert augmented != centred
-    assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(augmented if image_aug else centred, rel=1e-6)
+        augmented, centred = vla(batch), vla(plain)
+    assert augmented["loss"] != centred["loss"]
+    (logged,) = log_of(tmp_path / "run")
+    for name, value in (augmented if image_aug else centred).items():
+        assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
 
 
 def test_epochs_replace_max_steps(train_config, tmp_path, index):
