@@ -6,6 +6,7 @@ Runs unchanged as `python script.py` (one process) and under `torchrun` (any num
 import json
 import math
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def print0(*words, **options):
 
 
 def commit():
-    """The git commit of this code with '+' when files differ from it; 'unknown' outside a git checkout."""
+    """The git commit of this code, with '+' when files differ from it; 'unknown' without git or outside a checkout."""
+    if not shutil.which("git"):
+        return "unknown"
     run = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)  # noqa: E731
     head = run("rev-parse", "--short=12", "HEAD")
     if head.returncode:

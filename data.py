@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import tempfile
 from dataclasses import dataclass
@@ -169,6 +170,9 @@ def read_features(directory):
             found[name] = (kind, node[kind].get("dtype", "float32"), shape)
 
     walk(json.loads((directory / "features.json").read_text()), "")
+    short = [name.rsplit("/", 1)[-1] for name in found if name.startswith("steps/")]
+    if len(set(short)) < len(short):
+        raise ValueError(f"{directory}: two features of a step share a name: {sorted(short)}")
     return found
 
 
@@ -190,7 +194,7 @@ def shard_paths(directory):
         raise FileNotFoundError(
             f"{directory}: {len(missing)} of {n} shards are missing: {missing[:3]}. Copy the data set again."
         )
-    return info["name"], paths
+    return paths
 
 
 @dataclass
@@ -239,7 +243,9 @@ def open_index(path, cache=CACHE):
     Raises FileNotFoundError (no data), ValueError (corrupt, truncated or inconsistent data: file and byte offset).
     """
     directory = version_dir(path)
-    name, shards = shard_paths(directory)
+    shards = shard_paths(directory)
+    versioned = re.fullmatch(r"\d+\.\d+\.\d+", directory.name)
+    name = (directory.parent if versioned else directory).resolve().name  # the metadata's own can be odd: liber_o10
     features = (directory / "features.json").read_bytes()
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
     key = hashlib.sha256(features + json.dumps([INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
@@ -251,17 +257,9 @@ def open_index(path, cache=CACHE):
         kind: {n: np.load(folder / f"{kind}.{n}.npy", mmap_mode="r") for n in info[kind]}
         for kind in ("images", "columns")
     }
-    return Index(
-        name,
-        directory,
-        folder,
-        info["fingerprint"],
-        shards,
-        np.load(folder / "starts.npy"),
-        **arrays,
-        instructions=info["instructions"],
-        metadata=info["metadata"],
-    )
+    starts = np.load(folder / "starts.npy")
+    info = {name: info[name] for name in ("fingerprint", "instructions", "metadata")}
+    return Index(name, directory, folder, shards=shards, starts=starts, **arrays, **info)
 
 
 def _scan(shards, features, salt):
@@ -425,11 +423,12 @@ def label_path(index, data):
     return shipped if shipped.exists() else index.cache / "labels.safetensors"
 
 
-def load_labels(index, path, delta=None):
+def load_labels(index, path, delta=0):
     """Labels from the file `path` (made by `latent.py label`), else from the data's own `latent_idx` / `latent_z`.
 
-    Returns None when there are neither.
-    Raises ValueError when the file was made from other data, or when `delta` is given and differs.
+    delta: the horizon that is expected, 0: any. Data that carries its own labels does not say theirs, so there it must
+    be stated. Returns None when there are no labels. Raises ValueError when they were made from other data or with
+    another delta.
     """
     path = Path(path)
     if path.exists():
@@ -440,21 +439,19 @@ def load_labels(index, path, delta=None):
                     f"{path} labels the data set with fingerprint {info['data']}, but {index.directory} has "
                     f"{index.fingerprint}. Make them again: python latent.py label"
                 )
-            labels = Labels(
-                file.get_tensor("codes"),
-                file.get_tensor("vectors"),
-                int(info["delta"]),
-                int(info["num_codes"]),
-                False,
-                info["lam"],
-            )
+            codes, vectors = file.get_tensor("codes"), file.get_tensor("vectors")
+        labels = Labels(codes, vectors, int(info["delta"]), int(info["num_codes"]), False, info["lam"])
     elif "latent_idx" in index.columns:
         codes = index.columns["latent_idx"]
         vectors = index.columns["latent_z"].reshape(*codes.shape, -1)
-        labels = Labels(codes, vectors, delta or 0, RLDS_CODES, True, "rlds")
+        if not delta:
+            raise ValueError(
+                f"{index.name} carries latent_idx but not its horizon; state it (paper's release: --delta 11)"
+            )
+        labels = Labels(codes, vectors, delta, RLDS_CODES, True, "rlds")
     else:
         return None
-    if delta is not None and labels.delta != delta:
+    if delta and labels.delta != delta:
         raise ValueError(f"{path} was made with delta {labels.delta}, but --delta is {delta}")
     return labels
 
@@ -477,14 +474,8 @@ class Chunks(torch.utils.data.Dataset):
 
     def __init__(self, indices, stats, cameras, chunk, seed=0, labels=None, weights=None, episodes=None):
         """stats: one `statistics` per index; episodes: per index the episodes to use (default: all)."""
-        self.indices, self.stats, self.cameras, self.chunk, self.seed, self.labels = (
-            indices,
-            stats,
-            cameras,
-            chunk,
-            seed,
-            labels,
-        )
+        self.indices, self.stats, self.labels = indices, stats, labels
+        self.cameras, self.chunk, self.seed = cameras, chunk, seed
         _check_same_sizes(indices, cameras)
         self.steps = [steps_of(index, chosen) for index, chosen in zip(indices, episodes or [None] * len(indices))]
         self.weights = weights or [1.0] * len(indices)
@@ -557,6 +548,13 @@ def _check_same_sizes(indices, cameras):
                     f"{name} has shape {index.columns[name].shape[1:]} in {index.name} but "
                     f"{indices[0].columns[name].shape[1:]} in {indices[0].name}; they cannot be mixed."
                 )
+        sizes = [(index.image(camera, 0).shape, indices[0].image(camera, 0).shape) for camera in cameras]
+        if any(ours != first for ours, first in sizes):
+            raise ValueError(f"{index.name} stores images of other sizes than {indices[0].name}: {sizes}")
+        if np.abs(index.columns["action"][:, -1]).max() > 1:
+            raise ValueError(
+                f"the last action of {index.name} leaves [-1, 1]; it must be the gripper, -1 open, 1 close"
+            )
 
 
 def split_episodes(index, val_fraction, seed):
@@ -593,25 +591,25 @@ class StepBatches(torch.utils.data.Sampler):
 # Pixels: crop, resize and colour on the batch
 
 
-def prepare_images(images, size, draws=None, crop=True):
+def prepare_images(images, size, draws=None):
     """u8 images -> f32 [B, C, 3, size, size] in [-1, 1], on the images' device.
 
     images: list of C tensors u8 [B, h, w, 3]; draws: f32 [B, C, 6] in [0, 1) for training, None for evaluation.
     With draws, OpenVLA-OFT's augmentation: random crop of 90 % of the area, brightness +-0.2, contrast and saturation
-    0.8 to 1.2, hue +-0.05. Without, the centre crop of the same area (`crop=False`: the whole image).
+    0.8 to 1.2, hue +-0.05. Without, the centre crop of the same area.
     """
     frames = []
     for number, batch in enumerate(images):
         pixels = batch.permute(0, 3, 1, 2).float() / 255  # [B, 3, h, w]
         u = None if draws is None else draws[:, number]
-        if crop or pixels.shape[-2:] != (size, size):
-            pixels = _crop(pixels, size, CROP_AREA**0.5 if crop else 1.0, u)
+        pixels = _crop(pixels, size, u)
         frames.append(pixels if u is None else jitter(pixels, u[:, 2:]))
     return torch.stack(frames, 1) * 2 - 1
 
 
-def _crop(pixels, size, side, u):
-    """Crops a share `side` of each edge, at u[:, :2] of the free room or the centre, and resizes bilinearly."""
+def _crop(pixels, size, u):
+    """Crops CROP_AREA of the image, at u[:, :2] of the free room or the centre, and resizes bilinearly."""
+    side = CROP_AREA**0.5
     room = 1 - side
     centre = torch.zeros(len(pixels), 2, device=pixels.device) if u is None else (2 * u[:, :2] - 1) * room
     theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
@@ -626,12 +624,8 @@ def jitter(pixels, u):
 
     Saturation and hue are a scaling and a rotation of the chroma plane of YIQ, so that all is one affine map per image.
     """
-    brightness, contrast, saturation, hue = (
-        0.4 * u[:, 0] - 0.2,
-        0.8 + 0.4 * u[:, 1],
-        0.8 + 0.4 * u[:, 2],
-        (0.1 * u[:, 3] - 0.05) * 2 * torch.pi,
-    )
+    brightness, contrast, saturation = 0.4 * u[:, 0] - 0.2, 0.8 + 0.4 * u[:, 1], 0.8 + 0.4 * u[:, 2]
+    hue = (0.1 * u[:, 3] - 0.05) * 2 * torch.pi  # rad
     to_yiq = pixels.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     chroma = torch.zeros(len(pixels), 3, 3, device=pixels.device)
     chroma[:, 0, 0] = 1

@@ -73,7 +73,7 @@ def wilson(successes, episodes, z=1.959964):
     rate, spread = successes / episodes, z * z / episodes
     centre = (rate + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / episodes + spread / (4 * episodes))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar(first, second):
@@ -147,26 +147,27 @@ def plan(config, policy):
             f"give --suite, one of {', '.join(MAX_STEPS)}"
         )
     known = instructions(suite)
-    tasks = (
-        list(config.task_ids)
-        or entry.get("tasks")
-        or [i for i, text in enumerate(known) if text in entry["instructions"]]
-    )
+    own = suite == entry.get("suite")
+    trained = entry["tasks"] if own else [task for task, text in enumerate(known) if text in entry["instructions"]]
+    tasks = list(config.task_ids) or trained or list(range(len(known)))
     wrong = [task for task in tasks if not 0 <= task < len(known)]
-    if wrong or not tasks:
+    if wrong:
         raise ValueError(f"task_ids {wrong} are not in {suite}, which has tasks 0 to {len(known) - 1}")
+    if config.trials < 1:
+        raise ValueError(f"trials is {config.trials}; it must be at least 1")
     low, high = entry.get("seeds", (math.inf, -math.inf))
     if config.seed + config.trials > low and config.seed <= high:
         raise ValueError(
             f"seeds {config.seed} to {config.seed + config.trials - 1} overlap those of the demonstrations, "
             f"{low} to {high}; choose a smaller --seed"
         )
-    return suite, tasks, entry.get("widen", 0.0) if config.widen < 0 else config.widen, entry
+    widen = config.widen if config.widen >= 0 else entry["widen"] if own else 0.0
+    return suite, tasks, widen, entry
 
 
 def evaluate(config, out):
     """Runs all trials and returns the result as it is written to JSON; videos go beside `out`."""
-    policy = Policy(config.run, config.data, start_ranks().device.type)
+    policy = Policy(config.run, config.data)
     suite, tasks, widen, entry = plan(config, policy)
     rows, bar = [], tqdm(total=len(tasks) * config.trials, desc="episodes")
     for task in tasks:
@@ -201,7 +202,7 @@ def evaluate(config, out):
         "tasks": [
             {"task": t, "instruction": names[t]}
             | tally([r for r in rows if r["task"] == t])
-            | expert(entry, t, widen, rows)
+            | expert(entry, suite, t, widen, rows)
             for t in tasks
         ],
         "suite": suite,
@@ -228,9 +229,9 @@ def tally(rows):
     }
 
 
-def expert(entry, task, widen, rows):
+def expert(entry, suite, task, widen, rows):
     """{"expert_successes", "expert_episodes"} of the scripted expert on the same starts, as far as the data says."""
-    seeds = {r["seed"] for r in rows if r["task"] == task}
+    seeds = {r["seed"] for r in rows if r["task"] == task and suite == entry.get("suite")}
     same = [e for e in entry.get("expert", []) if e["task"] == task and e["seed"] in seeds and widen == e["widen"]]
     return {"expert_successes": sum(e["success"] for e in same), "expert_episodes": len(same)}
 
@@ -241,6 +242,7 @@ def result_path(config):
     path = Path(config.out or Path(config.run) / f"eval{control}.json")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another --out, or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -287,6 +289,7 @@ def main(config):
         return print_comparison(config.compare)
     if not config.run:
         raise ValueError("say which run to evaluate: python eval.py runs/NAME")
+    start_ranks()  # for its number of threads
     out = result_path(config)
     result = evaluate(config, out)
     write_json(out, result)

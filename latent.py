@@ -9,7 +9,7 @@ Vision-Language-Action Models" (arXiv 2605.04678) in the size that a CPU trains 
     python latent.py lam --data data/libero_tiny --out runs/lam              # train on frames of the primary camera
     python latent.py label --data data/libero_tiny --lam runs/lam            # write the codes of every step to a file
     python latent.py tokenizer --data data/libero_tiny --out runs/tokenizer --chunk 8
-    torchrun --nproc-per-node 2 latent.py lam --data data/libero_tiny --out runs/lam      # on two processes
+    torchrun --nproc-per-node 2 latent.py lam --data data/libero_tiny --out runs/lam2     # on two processes
 
 Both share one quantiser, whose codes stay alive: initialised from data, moved by EMA, restarted when unused.
 Left out: DINOv2 features (their place is `FEATURES`), the language-conditioned first stage of UniVLA and its second
@@ -521,6 +521,8 @@ def check(config, world):
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
     if not 0 < getattr(config, "action_fraction", 1) <= 1:
         raise ValueError(f"action_fraction is {config.action_fraction}; it must be in (0, 1]")
+    if isinstance(config, Lam) and config.num_codes > 256:
+        raise ValueError(f"num_codes is {config.num_codes}; labels hold codes in one byte, so at most 256")
     if config.global_batch_size % world:
         raise ValueError(f"global_batch_size is {config.global_batch_size}; {world} processes cannot share it equally")
 
@@ -630,6 +632,7 @@ def label(config, ranks):
     out = config.out or index.cache / "labels.safetensors"
     if out.exists():
         raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     codes, vectors = label_steps(index, model, config.batch_size, ranks.rank, ranks.world)
     used, perplexity = code_usage(codes.long(), model.num_codes)
     if ranks.main:
@@ -637,7 +640,7 @@ def label(config, ranks):
         common.save_tensors(out, {"codes": codes, "vectors": vectors.half()}, data=index.fingerprint, **info)
     report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
     common.print0(f"{out}: {len(index)} steps, {report}")
-    common.print0(f"Next: torchrun --standalone train.py --variant la_align --data {config.data}")
+    common.print0(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
 
 
 def main():

@@ -14,7 +14,6 @@ Axes: B batch, C cameras, L tokens, T text tokens, D width, N layers, H chunk st
 Q placeholders, K codes, d width of a latent action, M head blocks.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -171,12 +170,8 @@ class Backbone(nn.Module):
             dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
             self.qwen = Qwen3VLModel.from_pretrained(spec.backbone, dtype=dtype, attn_implementation="sdpa")
             _add_lora(self.qwen, spec.lora_rank, spec.lora_alpha)
-        self.text_length, self.chunk, self.cameras, self.queries_count = (
-            spec.text_length,
-            spec.chunk,
-            spec.cameras,
-            placeholders,
-        )
+        self.text_length, self.chunk, self.cameras = spec.text_length, spec.chunk, spec.cameras
+        self.queries_count = placeholders  # Q
         text, vision = self.qwen.config.text_config, self.qwen.config.vision_config
         self.width, self.layers = text.hidden_size, text.num_hidden_layers
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
@@ -187,6 +182,7 @@ class Backbone(nn.Module):
             )
         self.grid = spec.image_size // self.patch  # patches along one side
         self.slots = (self.grid // self.merge) ** 2  # image tokens of one camera
+        self.known_ids = {}  # instruction -> token ids
         self._lay_out()
 
     # -- prompt ------------------------------------------------------------------------------------------------------
@@ -231,15 +227,17 @@ class Backbone(nn.Module):
         self.text_position = at
         return torch.tensor(np.array(positions).T)
 
-    @functools.lru_cache(4096)  # noqa: B019 one entry per instruction of the data set
     def text_ids(self, instruction):
         """Token ids of the whole request. Raises ValueError when they do not fit `text_length`."""
+        if instruction in self.known_ids:
+            return self.known_ids[instruction]
         ids = request_ids(self.tokenizer, instruction, self.chunk)
         if len(ids) > self.text_length:
             raise ValueError(
                 f"the instruction {instruction!r} takes {len(ids)} tokens with its request, "
                 f"but text_length is {self.text_length}; train with a larger --text-length"
             )
+        self.known_ids[instruction] = ids
         return ids
 
     def tokenise(self, instructions):
@@ -351,12 +349,13 @@ class Backbone(nn.Module):
         return F.pad(spread, (0, 0, self.first_image, self.length - self.image_end))
 
     def image_states(self, x):
-        """[B, L, D] -> [B, C slots, D]"""
-        return x[:, self.first_image : self.image_end].unflatten(1, (self.cameras, -1))[:, :, 1:-1].flatten(1, 2)
+        """[B, L, D] -> f32 [B, C slots, D]"""
+        blocks = x[:, self.first_image : self.image_end].unflatten(1, (self.cameras, -1))  # start, slots, end
+        return blocks[:, :, 1:-1].flatten(1, 2).float()
 
     def placeholder_states(self, x):
-        """[B, L, D] -> [B, Q, D]"""
-        return x[:, -self.queries_count :]
+        """[B, L, D] -> f32 [B, Q, D]"""
+        return x[:, -self.queries_count :].float()
 
 
 def _rotate(x, cos, sin):
@@ -380,6 +379,9 @@ def _add_lora(module, rank, alpha):
     linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     module.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), module)
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # peft makes them in the base's bf16, where small updates round to nothing
+            parameter.data = parameter.data.float()
 
 
 def base_hash(module):
@@ -501,23 +503,28 @@ class VLA(nn.Module):
         return {"loss": result["action_loss"] + weight * result.get("latent_loss", 0.0)} | result
 
     def run(self, batch):
-        """The one forward pass: (actions f32 [B, H, A] normalised, nu^(0)..nu^(N))."""
+        """The one forward pass: (actions f32 [B, H, A] normalised, nu^(0)..nu^(N)).
+
+        On a GPU the backbone runs in bf16; pixels, head and losses stay in f32.
+        """
+        device = self.queries.device.type
         images = prepare_images(batch["images"], self.spec.image_size, batch.get("draws"))
-        states = self.backbone(images, *self.backbone.tokenise(batch["text"]), self.queries)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            states = self.backbone(images, *self.backbone.tokenise(batch["text"]), self.queries)
         layers = [
             (self.backbone.placeholder_states(x), self.backbone.image_states(x)) for x in states[self.first_layer :]
         ]
         proprio = batch["proprio"] if self.spec.proprio_size else batch["proprio"][:, :0]
-        return self.head(layers, proprio).float(), states
+        return self.head(layers, proprio), states
 
     def latent_losses(self, states, batch):
         """L_latent of the paper, from the placeholder states nu^(k) [B, Q, D]; steps past the episode's end count 0."""
         valid, spec = batch["valid"].float(), self.spec
         if self.variant.target == "align":  # 1 - cos(linear(nu^(k)), mean of c over the P codes)
-            guess = self.latent_head(self.backbone.placeholder_states(states[self.align_layer])).float()  # [B, H, d]
+            guess = self.latent_head(self.backbone.placeholder_states(states[self.align_layer]))  # [B, H, d]
             return {"latent_loss": ((1 - F.cosine_similarity(guess, batch["vectors"].mean(2), dim=-1)) * valid).mean()}
         latents = self.backbone.placeholder_states(states[-1])[:, : self.latent_count]
-        guess = self.latent_head(latents).float().unflatten(1, (spec.chunk, spec.codes_per_step))  # [B, H, P, K or d]
+        guess = self.latent_head(latents).unflatten(1, (spec.chunk, spec.codes_per_step))  # [B, H, P, K or d]
         if spec.continuous:
             return {
                 "latent_loss": (
@@ -571,11 +578,14 @@ def load_vla(run):
 class Policy:
     """policy(images, instructions, proprio) -> actions in physical units, from a run directory."""
 
-    def __init__(self, run, data="", device="cpu"):
-        """data: whose statistics to use, by data set name; needed only when the run was trained on several."""
+    def __init__(self, run, data="", device=""):
+        """data: whose statistics to use, by data set name; needed only when the run was trained on several.
+
+        device: the GPU when there is one, unless stated.
+        """
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.vla, self.config = load_vla(run)
-        self.vla.to(device)
-        self.device = device
+        self.vla.to(self.device)
         every = json.loads((Path(run) / "dataset_statistics.json").read_text())
         name = data or (next(iter(every)) if len(every) == 1 else "")
         if name not in every:
@@ -592,6 +602,5 @@ class Policy:
             "text": instructions,
             "proprio": proprio,
         }
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
-            actions, _ = self.vla.run(batch)
+        actions, _ = self.vla.run(batch)
         return unnormalise(actions.cpu().numpy(), self.stats["action"])

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -61,15 +62,9 @@ from data import (
 from latent import load_tokenizer
 from model import VARIANTS, VLA, Spec, base_hash, request_ids, text_tokenizer
 
-FREE_TO_CHANGE = {
-    "resume",
-    "cache",
-    "num_workers",
-    "save_every",
-    "val_every",
-    "wandb_project",
-    "per_device_batch_size",
-}  # by a resume
+# A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
+FREE_TO_CHANGE = {"resume", "out", "data", "labels", "tokenizer", "cache", "num_workers", "save_every", "val_every"}
+FREE_TO_CHANGE |= {"wandb_project", "per_device_batch_size"}
 LOG_EVERY = 20  # steps between writes of the log: losses stay on the device until then
 
 
@@ -91,6 +86,8 @@ class Config:
     """latent label file of each data set (default: beside the data, else in the cache)"""
     tokenizer: str = ""
     """folder of the action tokenizer for la_tok (default: tokenizer/ beside the data)"""
+    delta: int = 0
+    """frames between the two images of a latent action (default: what the label file says)"""
     align_target: Literal["continuous", "quantised"] = "continuous"
     """image latents that la_align and --continuous learn from: before,
     or (labels of the paper's release) after quantisation"""
@@ -175,6 +172,9 @@ def check(config, world):
             f"per_device_batch_size is {config.per_device_batch_size}; "
             f"it must divide the {int(shares)} samples of each process"
         )
+    for name in ("max_steps", "save_every", "val_every", "chunk", "placeholders_per_step", "lr_decay_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("data_weights", "labels"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
@@ -219,7 +219,8 @@ def _load_tokenizer(folder, chunk, indices, stats):
         )
     trained_on = json.loads((folder / "dataset_statistics.json").read_text())
     for index, own in zip(indices, stats):
-        if trained_on.get(index.name) != own:
+        theirs = trained_on.get(index.name, {}).get("action")
+        if not theirs or not all(np.allclose(theirs[row], own["action"][row], rtol=1e-5) for row in ("q01", "q99")):
             raise ValueError(
                 f"the action tokenizer in {folder} was trained on {list(trained_on)}, not on {index.name} with these "
                 f"statistics. Make one: python latent.py tokenizer --data {index.directory} --out DIR"
@@ -229,7 +230,7 @@ def _load_tokenizer(folder, chunk, indices, stats):
 
 def _load_labels(config, number, index):
     path = config.labels[number] if config.labels else label_path(index, config.data[number])
-    labels = None if config.labels and not path.exists() else load_labels(index, path)
+    labels = None if config.labels and not path.exists() else load_labels(index, path, config.delta)
     if labels is None:
         folder = config.data[number]
         raise FileNotFoundError(
@@ -359,8 +360,9 @@ def prepare_run(config, ranks, description):
             for k, v in description["train"].items()
             if before["train"].get(k) != v and k not in FREE_TO_CHANGE
         }
-        data = [[entry["fingerprint"] for entry in d["data"]] for d in (before, description)]
-        changed |= {} if data[0] == data[1] else {"contents of the data": data}
+        for name in ("data", "targets"):
+            ours, theirs = ([entry["fingerprint"] for entry in d[name]] for d in (description, before))
+            changed |= {} if ours == theirs else {f"contents of the {name}": (theirs, ours)}
         if changed:
             raise ValueError(
                 f"{run} was trained with other settings: "
@@ -368,9 +370,14 @@ def prepare_run(config, ranks, description):
             )
         return run, True
     if ranks.main:
-        run.mkdir(parents=True, exist_ok=True) if config.resume else new_directory(run)
+        unfinished = config.resume and (run / "config.json").exists() and not (run / "model.safetensors").exists()
+        run.mkdir(exist_ok=True) if unfinished and _is_run(run) else new_directory(run)
         write_json(run / "config.json", description)
     return run, False
+
+
+def _is_run(folder):
+    return "train" in json.loads((folder / "config.json").read_text())
 
 
 def write_log(log, pending, ranks):
@@ -408,6 +415,7 @@ def setup(config, ranks):
         "model": asdict(vla.spec),
         "base_hash": base_hash(vla),
         "data": [describe(index, cameras) for index in indices],
+        "targets": [{"fingerprint": found.fingerprint, "delta": found.delta} for found in labels or []],
         "command": sys.argv,
         "commit": commit(),
         "torch": torch.__version__,
@@ -460,7 +468,7 @@ def main(config):
             if not config.image_aug:
                 del batch["draws"]
             wait = nullcontext() if ranks.world == 1 or part == accumulation - 1 else ddp.no_sync()
-            with wait, torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            with wait:
                 losses = ddp(batch)
                 (losses["loss"] / accumulation).backward()
             totals = {name: totals.get(name, 0) + value.detach() / accumulation for name, value in losses.items()}

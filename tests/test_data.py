@@ -369,6 +369,22 @@ def test_labels_of_other_data_or_delta_are_refused(index, labels):
         data.load_labels(index, labels, delta=11)
 
 
+def test_gripper_that_is_not_liberos_is_refused(index):
+    """A last action outside [-1, 1] is no gripper; inverting it silently would spoil every action."""
+    actions = np.array(index.columns["action"])
+    actions[3, -1] = 1.7
+    wrong = replace(index, columns={**index.columns, "action": actions})
+    with pytest.raises(ValueError, match="must be the gripper, -1 open, 1 close"):
+        data.Chunks([wrong], [data.statistics(index)], ["image"], 8)
+
+
+def test_data_set_is_named_after_its_folder(rlds, cache, tmp_path):
+    """Statistics are kept by name, and the metadata's own name can be another than users know."""
+    renamed = tmp_path / "libero_10_no_noops"
+    shutil.copytree(rlds, renamed)
+    assert data.open_index(renamed, cache).name == "libero_10_no_noops"
+
+
 def test_labels_in_the_data_itself_are_used(rlds_latents, cache, tmp_path):
     """`latent_idx` (floats) and `latent_z` of the paper's release, marked as quantised; a label file comes first."""
     index = data.open_index(rlds_latents, cache)
@@ -407,14 +423,6 @@ def test_centre_crop_by_hand():
     assert torch.allclose(pixels[0], (5 * where).expand(20, 20), atol=1e-3)
     assert torch.allclose(pixels[1], (5 * where)[:, None].expand(20, 20), atol=1e-3)
     assert torch.allclose(pixels[2], torch.tensor(77.0), atol=1e-3)
-
-
-def test_whole_image_without_crop():
-    """`crop=False` at the stored size changes nothing but the scale."""
-    pixels = data.prepare_images([ramp()], 40, crop=False)
-    assert pixels.shape == (1, 1, 3, 40, 40) and torch.allclose(
-        pixels[0, 0], ramp()[0].permute(2, 0, 1) / 127.5 - 1, atol=1e-6
-    )
 
 
 def test_middle_draws_are_the_evaluation_view():

@@ -1,4 +1,5 @@
 """demos.py: the expert in the real simulator, exact replay, the written data set, resuming."""
+
 import io
 import json
 import pickle
@@ -16,8 +17,9 @@ from sim import encode_jpeg
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return demos.Config(task_ids=[8], episodes=3, image_size=32, widen=0.06, procs=1,
-                        out=tmp_path_factory.mktemp("demos") / "tiny_rlds")
+    return demos.Config(
+        task_ids=[8], episodes=3, image_size=32, widen=0.06, procs=1, out=tmp_path_factory.mktemp("demos") / "tiny_rlds"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def episode(sim, config):
 def test_expert_succeeds(episode):
     assert episode is not None and 20 < len(episode["steps"]) < 120
     gripper = np.array([step["action"][6] for step in episode["steps"]])
-    assert set(gripper) == {-1, 1} and gripper[0] == -1      # open on the way, closed while carrying
+    assert set(gripper) == {-1, 1} and gripper[0] == -1  # open on the way, closed while carrying
 
 
 def test_episode_replays_to_success(sim, episode, config):
@@ -53,8 +55,9 @@ def test_interrupted_run_resumes_and_writes_the_expected_features(episode, confi
         if len(tried) == 3:
             raise KeyboardInterrupt
         return None if seed % 10 == 1 else {**episode, "seed": seed}
+
     monkeypatch.setattr(demos, "record", fake)
-    monkeypatch.setattr(demos, "run", lambda jobs, procs: map(demos.attempt, jobs))     # in this process
+    monkeypatch.setattr(demos, "run", lambda jobs, procs: map(demos.attempt, jobs))  # in this process
     monkeypatch.setattr(demos, "sim_for", lambda suite, task: None)
     with pytest.raises(KeyboardInterrupt):
         demos.main(config)
@@ -87,22 +90,33 @@ builder = tfds.builder_from_directory(sys.argv[1] + "/1.0.0")
 keep = {"steps": {"observation": {key: tfds.decode.SkipDecoding() for key in ("image", "wrist_image")}}}
 read = [{**one, "steps": list(one["steps"])} for one in tfds.as_numpy(builder.as_dataset(split="train", decoders=keep))]
 pickle.dump((dict(flat(builder.info.features["steps"].feature)), read), open(sys.argv[2], "wb"))
-"""   # its own process: TensorFlow and Mesa's EGL crash together
+"""  # its own process: TensorFlow and Mesa's EGL crash together
 
 
 def check_written(folder, episode):
     """What tensorflow-datasets reads back is modified_libero_rlds' layout with our own bytes and numbers."""
     assert sorted(path.name for path in (folder / "1.0.0").iterdir()) == [
-        "dataset_info.json", "features.json", "tiny_rlds-train.tfrecord-00000-of-00001"]
+        "dataset_info.json",
+        "features.json",
+        "tiny_rlds-train.tfrecord-00000-of-00001",
+    ]
     dump = folder.parent / "read.pkl"
     subprocess.run([sys.executable, "-c", READ, str(folder), str(dump)], check=True, capture_output=True)
     features, read = pickle.loads(dump.read_bytes())
     flag = ((), "bool")
     assert features == {
-        "observation/image": ((32, 32, 3), "uint8"), "observation/wrist_image": ((32, 32, 3), "uint8"),
-        "observation/state": ((8,), "float32"), "observation/joint_state": ((7,), "float32"),
-        "action": ((7,), "float32"), "language_instruction": ((), "text"), "is_first": flag, "is_last": flag,
-        "is_terminal": flag, "reward": ((), "float32"), "discount": ((), "float32")}
+        "observation/image": ((32, 32, 3), "uint8"),
+        "observation/wrist_image": ((32, 32, 3), "uint8"),
+        "observation/state": ((8,), "float32"),
+        "observation/joint_state": ((7,), "float32"),
+        "action": ((7,), "float32"),
+        "language_instruction": ((), "text"),
+        "is_first": flag,
+        "is_last": flag,
+        "is_terminal": flag,
+        "reward": ((), "float32"),
+        "discount": ((), "float32"),
+    }
     assert sorted(one["episode_metadata"]["seed"] for one in read) == [90_000, 90_002, 90_003]
     for one in read:
         assert np.array_equal(one["episode_metadata"]["state"], episode["state"])

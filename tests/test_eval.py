@@ -237,6 +237,7 @@ ENTRY = {
 def test_tasks_and_starts_default_to_those_of_the_data():
     """Suite, tasks and width from the data unless given; a released data set is known by its name and instructions."""
     assert plan(ENTRY) == ("libero_goal", [1, 8], 0.06)
+    assert plan(ENTRY, suite="libero_object") == ("libero_object", list(range(10)), 0.0)
     assert plan(ENTRY, task_ids=(4,), widen=0.0) == ("libero_goal", [4], 0.0)
     released = {"name": "libero_goal_no_noops", "instructions": ["put the bowl on the stove", TASK]}
     assert plan(released) == ("libero_goal", [1, 8], 0.0)
@@ -255,11 +256,15 @@ def test_seeds_of_demonstrations_are_refused():
 
 
 def test_expert_is_counted_on_the_same_starts_only():
-    """Same task, seed and width."""
+    """Same suite, task, seed and width."""
     kinds = [(8, 0, 0.06, True), (8, 1, 0.06, False), (8, 2, 0.06, True), (1, 0, 0.06, True), (8, 0, 0.0, True)]
-    entry = {"expert": [dict(zip(("task", "seed", "widen", "success"), kind)) for kind in kinds]}
+    entry = {
+        "suite": "libero_goal",
+        "expert": [dict(zip(("task", "seed", "widen", "success"), kind)) for kind in kinds],
+    }
     rows = [{"task": 8, "seed": 0}, {"task": 8, "seed": 1}, {"task": 1, "seed": 2}]
-    assert evaluation.expert(entry, 8, 0.06, rows) == {"expert_successes": 1, "expert_episodes": 2}
+    assert evaluation.expert(entry, "libero_goal", 8, 0.06, rows) == {"expert_successes": 1, "expert_episodes": 2}
+    assert evaluation.expert(entry, "libero_object", 8, 0.06, rows)["expert_episodes"] == 0
 
 
 def test_existing_result_stays(run, tmp_path):

@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+import common
+import data
+import latent
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import data  # noqa: E402
-import latent  # noqa: E402
 
 DATA = ROOT / "data" / "libero_tiny"
 
@@ -258,7 +258,7 @@ def index(tmp_path):
             shard.write(buffer.getvalue())
             images.append((0, at, len(buffer.getvalue())))
             at = shard.tell()
-    columns = {"action": rng.normal(size=(17, 2)).astype(np.float32), "state": np.zeros((17, 1), np.float32)}
+    columns = {"action": rng.uniform(-1, 1, (17, 2)).astype(np.float32), "state": np.zeros((17, 1), np.float32)}
     where = {"directory": tmp_path, "cache": tmp_path, "fingerprint": "0123", "shards": [tmp_path / "shard"]}
     steps = {"starts": np.array([0, 10, 17]), "images": {"image": np.array(images)}, "columns": columns}
     return data.Index(name="two", **where, **steps, instructions=["a", "b"], metadata={})

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
 
 import model
 from common import load_tensors, save_tensors
@@ -152,10 +151,13 @@ def transformers_inputs(bb, images, ids, counts, queries):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cameras", (1, 2))
-def test_states_equal_transformers_own_forward(cameras):
-    """nu^(0)..nu^(N), seen by forward pre-hooks on the layers, and the M-RoPE positions, on every real token."""
-    vla = build("la_cond", cameras=cameras, image_size=96)
+@pytest.mark.parametrize("cameras, image_size", ((1, 96), (2, 96), (2, 128)))
+def test_states_equal_transformers_own_forward(cameras, image_size):
+    """nu^(0)..nu^(N), seen by forward pre-hooks on the layers, and the M-RoPE positions, on every real token.
+
+    At 128 px the table of 6 x 6 learned positions is resampled to 8 x 8.
+    """
+    vla = build("la_cond", cameras=cameras, image_size=image_size)
     bb, images = vla.backbone, images_for(vla, 2)
     ids, counts = bb.tokenise(TEXTS[:2])
     inputs, theirs = transformers_inputs(bb, images, ids, counts, vla.queries), []
@@ -496,6 +498,13 @@ def test_what_cannot_work_is_refused(variant, changes, message):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A pretrained checkpoint
+
+
+def test_lora_is_trained_in_full_precision():
+    """On a bf16 base the low-rank updates are f32: in bf16, small steps of the optimizer would round to nothing."""
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4)).bfloat16()
+    model._add_lora(base, 2, 4)
+    assert {(p.requires_grad, p.dtype) for p in base.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

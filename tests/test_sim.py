@@ -1,5 +1,7 @@
 """sim.py against the environment's own behaviour: frames, starts, settling, replay, errors."""
+
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from PIL import Image, JpegImagePlugin
 import sim as simulator
 
 ROOT = Path(__file__).parents[1]
-WIGGLE = np.c_[np.random.default_rng(0).normal(size=(5, 6)) * 0.2, -np.ones(5)]     # [5, 7] actions
+WIGGLE = np.c_[np.random.default_rng(0).normal(size=(5, 6)) * 0.2, -np.ones(5)]  # [5, 7] actions
 
 
 def same(a: dict, b: dict) -> bool:
@@ -29,7 +31,7 @@ def test_lazy_frame_is_the_environments_own(sim, monkeypatch):
     sim.start(3)
     wiggle(sim)
     lazy = sim.observe()
-    monkeypatch.setattr(sim, "_lazy", lambda sensor: sensor)      # the environment's own sensors, always drawing
+    monkeypatch.setattr(sim, "_lazy", lambda sensor: sensor)  # the environment's own sensors, always drawing
     sim.start(3)
     wiggle(sim)
     for key, camera in simulator.CAMERAS.items():
@@ -51,6 +53,7 @@ def test_start_settles_and_looks_once(sim, monkeypatch):
     def noted(action, look=False):
         calls.append((tuple(action), look))
         return step(action, look)
+
     monkeypatch.setattr(sim, "step", noted)
     sim.start(0)
     assert calls == [((0, 0, 0, 0, 0, 0, -1), False)] * 9 + [((0, 0, 0, 0, 0, 0, -1), True)]
@@ -96,8 +99,11 @@ def test_observe_needs_a_look(sim):
     sim.start(0)
     seen = sim.observe()
     assert {key: (value.shape, value.dtype.name) for key, value in seen.items()} == {
-        "image": ((256, 256, 3), "uint8"), "wrist_image": ((256, 256, 3), "uint8"),
-        "state": ((8,), "float32"), "joint_state": ((7,), "float32")}
+        "image": ((256, 256, 3), "uint8"),
+        "wrist_image": ((256, 256, 3), "uint8"),
+        "state": ((8,), "float32"),
+        "joint_state": ((7,), "float32"),
+    }
     sim.step(simulator.STILL)
     with pytest.raises(RuntimeError, match="look=True"):
         sim.observe()
@@ -105,6 +111,7 @@ def test_observe_needs_a_look(sim):
 
 def test_axis_angle_equals_robosuites():
     from robosuite.utils.transform_utils import quat2axisangle
+
     for quat in np.random.default_rng(0).normal(size=(20, 4)):
         quat /= np.linalg.norm(quat)
         assert np.allclose(simulator.axis_angle(quat), quat2axisangle(quat.copy()), atol=1e-12)
@@ -136,3 +143,11 @@ def test_errors_say_what_to_do(monkeypatch):
     monkeypatch.setattr(simulator, "version", lambda name: "3.4.1")
     with pytest.raises(RuntimeError, match="pip install mujoco==3.3.2"):
         simulator.Sim("libero_goal", 8)
+
+
+def test_missing_egl_names_the_debian_packages():
+    """Without a vendor library EGL finds no device, as on a machine without Mesa."""
+    code = "import sim; sim.Sim('libero_goal', 8)"
+    hidden = {**os.environ, "MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=hidden)
+    assert shown.returncode and "apt-get install libegl1 libegl-mesa0" in shown.stderr

@@ -326,6 +326,7 @@ def test_what_is_decayed(train_config, tmp_path):
 
 @pytest.mark.parametrize("changes, message", (
     ({"global_batch_size": 6, "per_device_batch_size": 4}, "per_device_batch_size is 4; it must divide the 6 samples"),
+    ({"save_every": 0}, "save_every is 0; it must be at least 1"),
     ({"val_fraction": 1.0}, "val_fraction is 1.0; it must be at least 0 and below 1"),
     ({"data_weights": (1.0, 2.0)}, "data_weights has 2 entries for 1 data sets"),
     ({"out": "", "resume": True}, "resume is set but out is not"),
@@ -380,8 +381,11 @@ def test_missing_tokenizer_names_the_command_that_makes_it(rlds, train_config, t
 
 
 def test_labels_of_the_release_need_an_explicit_choice(rlds_latents, train_config, tmp_path):
-    """Quantised vectors are refused by default and train when asked for."""
+    """Quantised vectors are refused by default, as is an unknown horizon; they train when asked for."""
     released = dict(variant="la_align", data=(rlds_latents,), labels=(), max_steps=1)
+    with pytest.raises(ValueError, match="not its horizon; state it"):
+        train.main(train_config(tmp_path / "run", **released, align_target="quantised"))
+    released["delta"] = 11
     with pytest.raises(ValueError, match="hold quantised vectors, but align_target is 'continuous'"):
         train.main(train_config(tmp_path / "run", **released))
     train.main(train_config(tmp_path / "run", **released, align_target="quantised"))
