@@ -270,18 +270,17 @@ def print_comparison(paths):
     """Each later result against the first, paired by (task, seed)."""
     results = [json.loads(path.read_text()) for path in paths]
     outcomes = [{(r["task"], r["seed"]): r["success"] for r in result["rows"]} for result in results]
-    for path, result, found in zip(paths, results, outcomes):
-        if found.keys() != outcomes[0].keys() or (result["suite"], result["widen"]) != (
-            results[0]["suite"],
-            results[0]["widen"],
-        ):
+    kinds = [(result["suite"], result["widen"], outcome.keys()) for result, outcome in zip(results, outcomes)]
+    for path, result, found, kind in zip(paths, results, outcomes, kinds):
+        if kind != kinds[0]:
             raise ValueError(f"{path} and {paths[0]} are results of different starts; they cannot be paired")
-        p = mcnemar([outcomes[0][k] for k in found], list(found.values()))
         low, high = result["ci95"]
-        print(
-            f"{path}: {result['successes']}/{result['episodes']} = {100 * result['success_rate']:.1f} % "
-            f"({100 * low:.1f} to {100 * high:.1f}), McNemar against the first p = {p:.2g}"
-        )
+        line = f"{path}: {result['successes']}/{result['episodes']} = {100 * result['success_rate']:.1f} %"
+        line += f" ({100 * low:.1f} to {100 * high:.1f})"
+        if path != paths[0]:
+            p = mcnemar([outcomes[0][start] for start in found], list(found.values()))
+            line += f", McNemar against the first p = {p:.2g}"
+        print(line)
 
 
 def main(config):
