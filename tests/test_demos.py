@@ -2,9 +2,14 @@
 
 import io
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +17,16 @@ import pytest
 from PIL import Image
 
 import demos
+from data import open_index
 from sim import encode_jpeg
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return demos.Config(
-        task_ids=[8], episodes=3, image_size=32, widen=0.06, procs=1, out=tmp_path_factory.mktemp("demos") / "tiny_rlds"
+        task_ids=[8], episodes=2, image_size=32, widen=0.06, procs=1, out=tmp_path_factory.mktemp("demos") / "tiny_rlds"
     )
 
 
@@ -34,6 +42,18 @@ def test_expert_succeeds(episode):
     assert set(gripper) == {-1, 1} and gripper[0] == -1  # open on the way, closed while carrying
 
 
+def test_embedded_episode_replays(sim, cache):
+    """From the seed and state stored with it, an episode of data/libero_tiny goes as recorded and succeeds."""
+    index = open_index(ROOT / "data" / "libero_tiny", cache)
+    episode = index.metadata["task"].index(8)
+    start, end = index.starts[episode : episode + 2]
+    sim.restore(index.metadata["seed"][episode], np.array(index.metadata["state"][episode]))
+    for step in range(start, end):
+        assert np.allclose(sim.observe()["state"], index.columns["state"][step], atol=1e-3), step
+        success = sim.step(index.columns["action"][step], look=True)
+    assert success
+
+
 def test_episode_replays_to_success(sim, episode, config):
     steps = episode["steps"]
     sim.restore(episode["seed"], episode["state"])
@@ -46,28 +66,26 @@ def test_episode_replays_to_success(sim, episode, config):
         assert done == (t == len(steps) - 1)
 
 
-def test_interrupted_run_resumes_and_writes_the_expected_features(episode, config, monkeypatch):
-    """The second attempt fails and the third is interrupted; a second run does neither of the first two again."""
-    tried = []
-
-    def fake(sim, seed, config):
-        tried.append(seed)
-        if len(tried) == 3:
-            raise KeyboardInterrupt
-        return None if seed % 10 == 1 else {**episode, "seed": seed}
-
-    monkeypatch.setattr(demos, "record", fake)
-    monkeypatch.setattr(demos, "run", lambda jobs, procs: map(demos.attempt, jobs))  # in this process
-    monkeypatch.setattr(demos, "sim_for", lambda suite, task: None)
-    with pytest.raises(KeyboardInterrupt):
-        demos.main(config)
-    assert tried == [90_000, 90_001, 90_002] and not config.out.exists()
+def test_interrupted_run_resumes_and_writes_the_expected_features(episode, config):
+    """Attempt 0 failed before, attempt 1 ended before a kill -9: the second run does neither again."""
+    demos.resume(config)
+    demos.stage(demos.staging(config) / "8_0.npz", None)
+    flags = ["--task-ids", 8, "--episodes", 2, "--image-size", 32, "--widen", 0.06, "--procs", 1, "--out", config.out]
+    command = [sys.executable, "demos.py", *map(str, flags)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as interrupted:
+        while not (demos.staging(config) / "8_1.npz").exists():
+            assert interrupted.poll() is None
+            time.sleep(0.1)
+        os.killpg(interrupted.pid, signal.SIGKILL)
+    assert not config.out.exists()
     with pytest.raises(ValueError, match="other settings"):
-        demos.main(demos.Config(**{**vars(config), "jpeg_quality": 50}))
-    demos.main(config)
-    assert tried[3:] == [90_002, 90_003]
+        demos.main(replace(config, jpeg_quality=50))
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert " 1/2 [00:00<?, ?episode/s]" in resumed.stderr
     assert not demos.staging(config).exists()
-    assert json.loads((config.out / "expert.json").read_text())["tasks"]["8"]["success_rate"] == 3 / 4
+    note = json.loads((config.out / "expert.json").read_text())
+    assert note["tasks"]["8"]["attempts"] == 3 and note["tasks"]["8"]["successes"] == 2
+    assert [(e["task"], e["seed"], e["widen"]) for e in note["evaluation"]] == [(8, 0, 0.06), (8, 1, 0.06)]
     check_written(config.out, episode)
     with pytest.raises(FileExistsError, match="tiny_rlds"):
         demos.main(config)
@@ -117,8 +135,8 @@ def check_written(folder, episode):
         "reward": ((), "float32"),
         "discount": ((), "float32"),
     }
-    assert sorted(one["episode_metadata"]["seed"] for one in read) == [90_000, 90_002, 90_003]
-    for one in read:
+    assert sorted(one["episode_metadata"]["seed"] for one in read) == [90_001, 90_002]
+    for one in (one for one in read if one["episode_metadata"]["seed"] == episode["seed"]):
         assert np.array_equal(one["episode_metadata"]["state"], episode["state"])
         assert len(one["steps"]) == len(episode["steps"])
         for t, (got, put) in enumerate(zip(one["steps"], episode["steps"])):
@@ -133,9 +151,9 @@ def check_written(folder, episode):
 
 def test_failures_are_counted_and_end_a_hopeless_run(config):
     done = {(8, 0): True, (8, 1): False, (8, 2): True}
-    assert [job[1:] for job in demos.missing(config, [8], done)] == [(8, 3)]
-    with pytest.raises(RuntimeError, match="task 8.*0 of 19"):
-        demos.missing(config, [8], {(8, j): False for j in range(19)})
+    assert [job[1:] for job in demos.missing(replace(config, episodes=3), [8], done)] == [(8, 3)]
+    with pytest.raises(RuntimeError, match="task 8.*0 of 16"):
+        demos.missing(config, [8], {(8, j): False for j in range(16)})
 
 
 def test_bad_input_is_refused():
