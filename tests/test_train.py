@@ -19,6 +19,8 @@ from conftest import ROOT
 from torch.utils.data import default_collate
 
 import common
+import data
+import demos
 import eval as evaluation
 import latent
 import model
@@ -93,6 +95,18 @@ def test_training_learns(run):
     log = log_of(run.folder)
     for name in ("action_loss", "latent_loss"):
         assert np.mean(column(log, name)[-10:]) < 0.95 * np.mean(column(log, name)[:10]), name
+
+
+def test_wandb_gets_the_log_on_request(tmp_path, monkeypatch):
+    """An offline wandb run appears beside log.jsonl, and only when a project is named."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for project, runs in (("", 0), ("latent-actions", 1)):
+        log = common.Log(tmp_path, wandb_project=project, config={"seed": 0})
+        log.write(step=0, loss=1.0)
+        log.close()
+        assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == runs
+    assert log_of(tmp_path) == [{"step": 0, "loss": 1.0}]
 
 
 def test_learning_rates_in_the_log(run):
@@ -275,7 +289,7 @@ def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
 # Settings
 
 
-@pytest.mark.parametrize("module", (train, evaluation))
+@pytest.mark.parametrize("module", (train, evaluation, demos, data))
 def test_every_setting_is_read(module):
     """No field of a script's config is there for nothing: each is read as `config.<field>`."""
     tree = ast.parse(open(module.__file__).read())
