@@ -526,11 +526,8 @@ class VLA(nn.Module):
         latents = self.backbone.placeholder_states(states[-1])[:, : self.latent_count]
         guess = self.latent_head(latents).unflatten(1, (spec.chunk, spec.codes_per_step))  # [B, H, P, K or d]
         if spec.continuous:
-            return {
-                "latent_loss": (
-                    F.mse_loss(guess, batch["vectors"], reduction="none").mean(3) * valid[:, :, None]
-                ).mean()
-            }
+            error = (guess - batch["vectors"]).square().mean(3)  # [B, H, P]
+            return {"latent_loss": (error * valid[:, :, None]).mean()}
         loss = F.cross_entropy(guess.flatten(0, 2), batch["codes"].flatten(), reduction="none").view_as(batch["codes"])
         hits = (guess.argmax(-1) == batch["codes"]) * valid[:, :, None]
         accuracy = hits.sum() / (valid.sum() * spec.codes_per_step).clamp(min=1)

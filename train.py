@@ -435,11 +435,9 @@ def main(config):
     share = config.global_batch_size // ranks.world
     micro = config.per_device_batch_size or share
     accumulation = share // micro
-    steps = (
-        math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
-        if config.epochs > 0
-        else config.max_steps
-    )
+    steps = config.max_steps
+    if config.epochs > 0:
+        steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
     sampler = StepBatches(first, steps, config.global_batch_size, micro, ranks.rank, ranks.world)
     cuda = ranks.device.type == "cuda"
     batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, pin_memory=cuda))
