@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -60,6 +60,11 @@ def all_sum(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_mean(tensor):
+    """Mean of `tensor` over all processes; with one process the tensor's own values."""
+    return all_sum(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def print0(*words, **options):
@@ -123,6 +128,11 @@ def new_directory(path):
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def plain(config):
+    """A config dataclass as plain JSON values (paths become strings)."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def write_json(path, content):

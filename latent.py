@@ -346,8 +346,7 @@ class LatentActionModel(nn.Module):
 
     def _track(self, mean):
         """Moves the running centre of each code position towards the mean [P, d] of the global batch."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        self.centre.lerp_(common.all_sum(mean) / world, max(0.02, 1 / (1 + int(self.quantiser.updates))))
+        self.centre.lerp_(common.all_mean(mean), max(0.02, 1 / (1 + int(self.quantiser.updates))))
 
     def encode(self, features_a, features_b):
         """Patch features [B, N, F] of o_t and o_{t+delta} -> codes i64 [B, P], c f32 [B, P, d] before quantisation."""
@@ -550,7 +549,7 @@ def train(config, ranks):
         common.new_directory(config.out)
     fit(model.to(ranks.device), training, config, ranks)
     if ranks.main:
-        save_model(config.out, kind, model, json.loads(json.dumps(asdict(config), default=str)))
+        save_model(config.out, kind, model, common.plain(config))
         named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
         common.write_json(config.out / "dataset_statistics.json", named)
     report = measure(model, held_out, ranks.device, config.global_batch_size)
@@ -594,9 +593,8 @@ def summary(results, num_codes):
     """Of `forward`'s results: means of the scalars over all processes, usage and perplexity per code position."""
     names = [name for name in results[0] if name != "codes"]
     means = torch.stack([torch.stack([result[name].detach() for name in names]) for result in results]).mean(0)
-    world = dist.get_world_size() if dist.is_initialized() else 1
     used, perplexity = code_usage(torch.cat([result["codes"] for result in results]), num_codes)
-    entry = dict(zip(names, (common.all_sum(means) / world).tolist(), strict=True))
+    entry = dict(zip(names, common.all_mean(means).tolist(), strict=True))
     return entry | {"usage": used.tolist(), "perplexity": perplexity.tolist()}
 
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common import (
     Log,
     Meter,
+    all_mean,
     all_sum,
     commit,
     learning_rate,
@@ -41,6 +42,7 @@ from common import (
     new_directory,
     optimizer_tensors,
     parameter_groups,
+    plain,
     print0,
     save_tensors,
     start_ranks,
@@ -380,11 +382,11 @@ def _is_run(folder):
     return "train" in json.loads((folder / "config.json").read_text())
 
 
-def write_log(log, pending, ranks):
+def write_log(log, pending):
     """Averages the waiting steps' losses over all processes in one go, writes one line per step, returns the last."""
     names = list(pending[0]["totals"])
     values = torch.stack([torch.stack([entry["totals"][name].float() for name in names]) for entry in pending])
-    rows = (all_sum(values) / ranks.world).tolist()  # [steps, losses]
+    rows = all_mean(values).tolist()  # [steps, losses]
     entries = [entry | dict(zip(names, row)) for entry, row in zip(pending, rows)]
     for entry in entries:
         del entry["totals"]
@@ -411,7 +413,7 @@ def setup(config, ranks):
     torch.manual_seed(config.seed)
     vla = VLA(make_spec(config, indices, cameras, labels, tokenizer)).to(ranks.device)
     description = {
-        "train": json.loads(json.dumps(asdict(config), default=str)),
+        "train": plain(config),
         "model": asdict(vla.spec),
         "base_hash": base_hash(vla),
         "data": [describe(index, cameras) for index in indices],
@@ -484,7 +486,7 @@ def main(config):
             pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
         if validating or saving or done % LOG_EVERY == 0:
-            shown = write_log(log, pending, ranks)
+            shown = write_log(log, pending)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
         if ranks.main and saving:
             save(run, vla, optimizer, done)
