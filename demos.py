@@ -1,7 +1,7 @@
 """
 Demonstrations: a scripted expert in LIBERO and a writer of RLDS data sets.
 
-    python demos.py --suite libero_goal --task-ids 1 4 8 --widen 0.06 --out data/my_demos      # 20 CPU seconds an episode
+    python demos.py --suite libero_goal --task-ids 1 4 8 --widen 0.06 --out data/my_demos   # 20 CPU seconds an episode
     python demos.py --suite libero_object --episodes 5 --dry-run         # only check the expert, write nothing
 
 The data set has exactly the features of openvla/modified_libero_rlds, and in `episode_metadata` what an
