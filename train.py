@@ -59,6 +59,7 @@ from data import (
     open_index,
     split_episodes,
     statistics,
+    statistics_hash,
     steps_of,
 )
 from latent import load_tokenizer
@@ -278,9 +279,10 @@ def make_spec(config, indices, cameras, labels, tokenizer):
     )
 
 
-def describe(index, cameras):
-    """What evaluation must know of a data set: how its images were stored, and where its episodes start."""
-    entry = {"name": index.name, "fingerprint": index.fingerprint, "instructions": sorted(set(index.instructions)),
+def describe(index, cameras, stats):
+    """What evaluation must know of a data set: its statistics, how its images were stored, where its episodes start."""
+    entry = {"name": index.name, "fingerprint": index.fingerprint, "statistics": statistics_hash(stats),
+             "instructions": sorted(set(index.instructions)),
              "cameras": {camera: index.jpeg_options(camera) for camera in cameras}}  # fmt: skip
     if "suite" in index.metadata:  # made by demos.py
         suite, task, widen, seed = (index.metadata[name] for name in ("suite", "task", "widen", "seed"))
@@ -416,7 +418,7 @@ def setup(config, ranks):
         "train": plain(config),
         "model": asdict(vla.spec),
         "base_hash": base_hash(vla),
-        "data": [describe(index, cameras) for index in indices],
+        "data": [describe(index, cameras, found) for index, found in zip(indices, stats)],
         "targets": [{"fingerprint": found.fingerprint, "delta": found.delta} for found in labels or []],
         "command": sys.argv,
         "commit": commit(),
