@@ -263,7 +263,7 @@ def check(config: Config) -> None:
     if bad := [task for task in config.task_ids if not 0 <= task < count]:
         raise ValueError(f"task_ids={bad}: {config.suite} has tasks 0 to {count - 1}")
     for name, low, high in [("episodes", 1, 3000), ("image_size", 8, 256), ("jpeg_quality", 1, 95), ("widen", 0, 0.5),
-                            ("trials", 0, 10_000), ("procs", 1, 1024), ("seed", 10_000, 2**31)]:
+                            ("trials", 1, 10_000), ("procs", 1, 1024), ("seed", 10_000, 2**31)]:
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name}={getattr(config, name)} is outside {low} to {high}")
     if not config.dry_run and config.out.exists():
@@ -308,7 +308,7 @@ def record(sim, seed: int, config: Config) -> dict | None:
 def succeeds(sim, seed: int, widen: float) -> bool:
     """Whether the expert solves the start that evaluation uses for `seed`; no frame is kept."""
     expert = Expert(sim)
-    sim.start(seed, widen)
+    sim.start(seed, widen, look=False)
     expert.reset()
     return any(sim.step(expert.act()) for _ in range(MAX_STEPS[sim.suite]))
 

@@ -1,65 +1,92 @@
 """Rolls a trained run out in LIBERO, in closed loop, and reports success with 95 % Wilson intervals.
 
-    python eval.py runs/NAME                       # the tasks and starts of the run's own data, 20 trials each
-    python eval.py runs/NAME --blind               # control: black images; --mute: an empty instruction
-    python eval.py runs/NAME --trials 2 --video    # a GIF of each episode
-    python eval.py --compare A.json B.json         # two results of the same starts, paired: exact McNemar test
+    python eval.py runs/NAME                             # the tasks and starts of the run's own data, 50 trials each
+    python eval.py runs/NAME --suite libero_goal libero_object libero_goal_swap      # other suites
+    python eval.py runs/NAME --blind                     # control: black images; --mute, --swap-instruction: the words
+    python eval.py runs/NAME --video failures            # an MP4 of each failure, a contact sheet of each task
+    python eval.py runs/NAME --shard 1/4                 # a quarter of the trials, on each of four machines
+    python eval.py --compare runs/A runs/B runs/B/eval-blind.jsonl   # paired differences, McNemar's test, a bar chart
+    python eval.py --replay data/libero_tiny             # no policy: do data, statistics and simulator agree?
 
 The protocol is OpenVLA-OFT's: 10 settling steps, both cameras rendered at 256 px and rotated by 180 degrees, stored as
 the training images were (Lanczos, JPEG), centre crop, all actions of a chunk open-loop, success by the task's own check
 within the suite's step limit. Trial i starts from official start i after seeding the simulator with i; `widen` then
-moves the handled object, as in the run's data. Cameras are drawn only when the policy looks.
+moves the handled object, as in the run's data. Everything that must agree with training comes from the run.
+
+Simulators run in processes of their own, each at its own pace; one policy answers whoever is ready, always at the same
+padded batch, so that an outcome depends neither on the number of simulators nor on their order. Cameras are drawn only
+when the policy looks. Each finished episode is one line of RUN/eval.jsonl: the same command goes on where it stopped.
 """
 
-import io
+import contextlib
+import hashlib
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common import commit, start_ranks, write_json
-from data import to_robosuite
+from data import CACHE, normalise, open_index, standardise, statistics, statistics_hash, to_robosuite, unnormalise
 from model import Policy
-from sim import CAMERAS, MAX_STEPS, Sim, encode_jpeg, instructions, versions
+from sim import TRIALS, Episode, Process, instructions, step_limit, suites, tasks, versions
+
+TRIES = 3  # an episode whose simulator crashes or hangs this often is recorded as an error
+CONTROLS = ("blind", "mute", "swap_instruction")
 
 
 @dataclass
 class Config:
     run: tyro.conf.Positional[str] = ""
     """folder of a trained run"""
-    trials: int = 20
-    """episodes per task"""
-    suite: str = ""
-    """LIBERO suite (default: that of the run's data)"""
+    suite: tuple[str, ...] = ()
+    """LIBERO or LIBERO-PRO suites (default: that of the run's data)"""
     task_ids: tuple[int, ...] = ()
-    """tasks of the suite (default: those of the run's data)"""
-    widen: float = -1.0
-    """half-width in metres of the square in which the handled object starts (default: as in
-    the run's data; 0: official)"""
+    """tasks of the one suite (default: those of the run's data; of a suite without any, all)"""
+    trials: int = TRIALS
+    """episodes per task"""
     seed: int = 0
     """seed of the first trial; trial i has seed + i"""
+    widen: float = -1.0
+    """half-width in metres of the square in which the handled object starts (default: as in the run's data;
+    0: official)"""
     blind: bool = False
     """control: the policy sees black images"""
     mute: bool = False
     """control: the policy gets an empty instruction"""
-    video: bool = False
-    """save a GIF of each episode beside the result (draws at every step, so it is slower)"""
-    out: str = ""
-    """result file (default: eval.json in the run, eval-blind.json, eval-mute.json)"""
+    swap_instruction: bool = False
+    """control: the policy gets the instruction of another task of the suite"""
+    envs: int = 0
+    """simulator processes (default: one per CPU core, at most 16)"""
+    policy_batch: int = 8
+    """the policy's batch, always padded to this"""
+    shard: str = ""
+    """i/n: play only every n-th episode, beginning with the i-th (from 1)"""
+    video: str = ""
+    """film episodes: all, failures, or a number of trials per task; outcomes stay the same"""
+    watchdog: float = 300.0
+    """seconds of silence after which a simulator is replaced"""
+    out: Path | None = None
+    """result file (default: eval.jsonl in the run, with the control and the shard in its name)"""
     data: str = ""
     """data set whose statistics to use, by name (needed only when the run was trained on several)"""
     any_mujoco: bool = False
     """allow another MuJoCo version than the benchmark's"""
     compare: tuple[Path, ...] = ()
-    """print these result files side by side instead of running"""
+    """print these results side by side instead of running: runs, or result files"""
+    replay: Path | None = None
+    """play the recorded actions of this data set (with the run's statistics if a run is given, else its own)"""
+    cache: Path = CACHE
+    """where indices are kept (for --replay)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,224 +103,633 @@ def wilson(successes, episodes, z=1.959964):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def discordant(first, second):
+    """(pairs that only the first won, pairs that only the second won) of two lists of bool."""
+    pairs = Counter(zip(map(bool, first), map(bool, second), strict=True))
+    return pairs[True, False], pairs[False, True]
+
+
 def mcnemar(first, second):
     """Two-sided p of McNemar's exact test for paired outcomes (lists of bool)."""
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    only_first, only_second = discordant(first, second)
     n = only_first + only_second
     tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One episode
+def paired_difference(first, second, z=1.959964):
+    """Success rate of the second minus the first's, and its 95 % interval: (difference, low, high).
 
-
-def look(sim, cameras, blind):
-    """The policy's view: list of C arrays u8 [1, size, size, 3] stored like training data, and proprio f32 [1, N]."""
-    seen = sim.observe()
-    views = []
-    for name, stored in cameras.items():
-        jpeg = encode_jpeg(seen[name], **stored)
-        view = np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))[None]
-        views.append(np.zeros_like(view) if blind else view)
-    return views, seen["state"][None]
-
-
-def run_episode(sim, policy, cameras, seed, widen, instruction, limit, blind=False, frames=None):
-    """One trial. Returns (success, policy steps taken). `frames`, a list, gets every step's two camera images."""
-    sim.start(seed, widen)
-    steps, success = 0, False
-    while steps < limit and not success:
-        views, proprio = look(sim, cameras, blind)
-        chunk = to_robosuite(policy(views, [instruction], proprio)[0])[: limit - steps]  # [H, A]
-        for number, action in enumerate(chunk):
-            success = sim.step(action, look=number + 1 == len(chunk) or frames is not None)
-            steps += 1
-            if frames is not None:
-                seen = sim.observe()
-                frames.append(np.concatenate([seen[name] for name in CAMERAS], 1))
-            if success:
-                break
-    return success, steps
-
-
-def save_gif(path, frames, caption, every=4):
-    """frames: list of u8 [h, w, 3] at 20 Hz -> a GIF at 5 Hz with a line of text, its last frame held."""
-    pictures = []
-    for frame in frames[::every] + frames[-1:] * 5:
-        picture = Image.fromarray(frame)
-        ImageDraw.Draw(picture).text((6, 4), caption, fill="white", stroke_width=2, stroke_fill="black")
-        pictures.append(picture.quantize(96))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50 * every, loop=0, optimize=True)
+    Agresti and Min (2005): Wald's interval for paired proportions after adding half a pair to each of the four cells.
+    """
+    only_first, only_second = discordant(first, second)
+    lost, won, pairs = only_first + 0.5, only_second + 0.5, len(first) + 2
+    centre = (won - lost) / pairs
+    half = z * math.sqrt(won + lost - (won - lost) ** 2 / pairs) / pairs
+    return (only_second - only_first) / len(first), max(-1.0, centre - half), min(1.0, centre + half)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A whole evaluation
+# What to play
 
 
 def plan(config, policy):
-    """(suite, task ids, widen, data entry of the run): what to evaluate, by default what the run was trained on.
+    """The episodes of an evaluation in order of suite, task and trial; by default what the run was trained on.
 
-    Raises ValueError when the run's data does not say it and the command line neither, or when a trial's seed was used
-    for a demonstration.
+    Raises ValueError when the run's data does not say it and the command line neither, when the package lacks a task,
+    or when a trial's seed was used for a demonstration.
     """
-    entry = next(e for e in policy.config["data"] if e["name"] == policy.name)
-    suite = config.suite or entry.get("suite") or entry["name"].removesuffix("_no_noops")
-    if suite not in MAX_STEPS:
+    entry = policy.entry
+    own = entry.get("suite") or entry["name"].removesuffix("_no_noops")
+    known = suites()
+    if odd := [suite for suite in config.suite or (own,) if suite not in known]:
         raise ValueError(
-            f"the run's data does not name a LIBERO suite (found '{suite}'); "
-            f"give --suite, one of {', '.join(MAX_STEPS)}"
+            f"suite {', '.join(odd)} is not one that can be run (the run's data is '{entry['name']}'); "
+            f"give --suite one or several of {', '.join(known)}"
         )
-    known = instructions(suite)
-    own = suite == entry.get("suite")
-    trained = entry["tasks"] if own else [task for task, text in enumerate(known) if text in entry["instructions"]]
-    tasks = list(config.task_ids) or trained or list(range(len(known)))
-    wrong = [task for task in tasks if not 0 <= task < len(known)]
-    if wrong:
-        raise ValueError(f"task_ids {wrong} are not in {suite}, which has tasks 0 to {len(known) - 1}")
-    if config.trials < 1:
-        raise ValueError(f"trials is {config.trials}; it must be at least 1")
+    if config.task_ids and len(config.suite) > 1:
+        raise ValueError(f"task_ids {list(config.task_ids)} with {len(config.suite)} suites: give one suite")
     low, high = entry.get("seeds", (math.inf, -math.inf))
     if config.seed + config.trials > low and config.seed <= high:
         raise ValueError(
             f"seeds {config.seed} to {config.seed + config.trials - 1} overlap those of the demonstrations, "
             f"{low} to {high}; choose a smaller --seed"
         )
-    widen = config.widen if config.widen >= 0 else entry["widen"] if own else 0.0
-    return suite, tasks, widen, entry
+    episodes = []
+    for suite in config.suite or (own,):
+        texts, chosen = instructions(suite), choose_tasks(config, entry, suite, known[suite])
+        widen = config.widen if config.widen >= 0 else entry["widen"] if suite == entry.get("suite") else 0.0
+        for task in chosen:
+            told = "" if config.mute else another(texts, task, chosen) if config.swap_instruction else texts[task]
+            same = {"suite": suite, "task": task, "instruction": texts[task], "told": told, "widen": widen}
+            same |= {"limit": step_limit(suite), "cameras": entry["cameras"], "blind": config.blind}
+            same |= {"any_mujoco": config.any_mujoco}
+            episodes += [Episode(seed=config.seed + trial, trial=trial, **same) for trial in range(config.trials)]
+    return episodes
 
 
-def evaluate(config, out):
-    """Runs all trials and returns the result as it is written to JSON; videos go beside `out`."""
-    policy = Policy(config.run, config.data)
-    suite, tasks, widen, entry = plan(config, policy)
-    rows, bar = [], tqdm(total=len(tasks) * config.trials, desc="episodes")
-    for task in tasks:
-        sim = Sim(suite, task, config.any_mujoco)
-        text = "" if config.mute else sim.instruction
-        for trial in range(config.trials):
-            seed, frames, started = config.seed + trial, [] if config.video else None, time.perf_counter()
-            success, steps = run_episode(
-                sim, policy, entry["cameras"], seed, widen, text, MAX_STEPS[suite], config.blind, frames
-            )
-            rows.append(
-                {
-                    "task": task,
-                    "seed": seed,
-                    "success": success,
-                    "steps": steps,
-                    "seconds": round(time.perf_counter() - started, 2),
-                }
-            )
-            if config.video:
-                save_gif(
-                    out.with_suffix("") / f"task{task}-seed{seed}.gif",
-                    frames,
-                    f"{sim.instruction}: {'success' if success else 'failure'}",
-                )
-            bar.update()
-            bar.set_postfix(success=f"{sum(r['success'] for r in rows)}/{len(rows)}")
-        sim.close()
-    bar.close()
-    names = instructions(suite)
-    return tally(rows) | {
-        "tasks": [
-            {"task": t, "instruction": names[t]}
-            | tally([r for r in rows if r["task"] == t])
-            | expert(entry, suite, t, widen, rows)
-            for t in tasks
-        ],
-        "suite": suite,
-        "widen": widen,
-        "blind": config.blind,
-        "mute": config.mute,
-        "run": config.run,
-        "variant": policy.config["train"]["variant"],
-        "rows": rows,
-        "versions": versions() | {"torch": torch.__version__},
-        "command": sys.argv,
-        "commit": commit(),
-    }
+def choose_tasks(config, entry, suite, whole):
+    """Tasks of a suite: those asked for, else those of the run's data (found by name in a variant), else all."""
+    names = [record.name for record in tasks(suite)]
+    if "suite" in entry:
+        trained = {record.name for task, record in enumerate(tasks(entry["suite"])) if task in entry["tasks"]}
+    else:
+        trained = {name for name, text in zip(names, instructions(suite)) if text in entry["instructions"]}
+    wanted = list(config.task_ids) or [t for t, name in enumerate(names) if name in trained] or list(range(len(names)))
+    if wrong := [task for task in wanted if not 0 <= task < len(names)]:
+        raise ValueError(f"task_ids {wrong} are not in {suite}, which has tasks 0 to {len(names) - 1}")
+    if lacking := [task for task in wanted if task not in whole]:
+        raise ValueError(
+            f"the package lacks starts or models of {suite} {lacking}; choose others with --task-ids: {whole}"
+        )
+    return wanted
 
 
-def tally(rows):
-    """{"episodes", "successes", "success_rate", "ci95"} of some episodes."""
-    episodes, successes = len(rows), sum(r["success"] for r in rows)
-    return {
-        "episodes": episodes,
-        "successes": successes,
-        "success_rate": successes / episodes,
-        "ci95": wilson(successes, episodes),
-    }
+def another(texts, task, chosen):
+    """The instruction of the next task, in turn, that has another one: of the chosen tasks if there is, else of all."""
+    for candidates in (chosen, range(len(texts))):
+        if others := [t for t in candidates if texts[t] != texts[task]]:
+            return texts[next((t for t in others if t > task), others[0])]
+    raise ValueError(f"swap_instruction: all tasks of the suite have the instruction {texts[task]!r}")
 
 
-def expert(entry, suite, task, widen, rows):
-    """{"expert_successes", "expert_episodes"} of the scripted expert on the same starts, as far as the data says."""
-    seeds = {r["seed"] for r in rows if r["task"] == task and suite == entry.get("suite")}
-    same = [e for e in entry.get("expert", []) if e["task"] == task and e["seed"] in seeds and widen == e["widen"]]
-    return {"expert_successes": sum(e["success"] for e in same), "expert_episodes": len(same)}
+def plan_replay(config, index, stats):
+    """The episodes of a data set from their recorded starts, their actions having gone through the policy's path.
+
+    stats: statistics of actions. Raises ValueError when the data set does not hold its starts.
+    """
+    about = index.metadata
+    if missing := [name for name in ("suite", "task", "seed", "state") if name not in about]:
+        raise ValueError(
+            f"{config.replay} cannot be replayed: its episode_metadata has no {', '.join(missing)}, so nothing says "
+            f"where an episode starts. It has {list(about)}; data made by demos.py has all of them."
+        )
+    played = to_robosuite(unnormalise(normalise(standardise(index.columns["action"]), stats), stats))  # [S, 7]
+    return [
+        Episode(
+            *(about[name][number] for name in ("suite", "task", "seed")),
+            number,
+            instruction=text,
+            told=text,
+            limit=step_limit(about["suite"][number]),
+            state=np.array(about["state"][number]),
+            actions=played[index.starts[number] : index.starts[number + 1]],
+            any_mujoco=config.any_mujoco,
+        )
+        for number, text in enumerate(index.instructions)
+    ]
+
+
+def shard(episodes, which):
+    """The part `which` = "i/n" of the episodes; all of them for ""."""
+    if not which:
+        return episodes
+    number, _, count = which.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"shard is '{which}'; write it as i/n with i from 1 to n, for example 1/4")
+    return episodes[int(number) - 1 :: int(count)]
+
+
+def with_videos(episodes, video, folder):
+    """Marks the episodes that are to be filmed: all, failures, or the first trials of each task."""
+    if not (video in ("", "all", "failures") or video.isdigit()):
+        raise ValueError(f"video is '{video}'; choose all, failures, or a number of trials per task")
+    most = int(video) if video.isdigit() else math.inf if video else 0
+    path = lambda e: str(folder.resolve() / f"{e.suite}-task{e.task}-seed{e.seed}.mp4")  # noqa: E731
+    return [replace(e, video=path(e), film=video) if e.trial < most else e for e in episodes]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Playing: many simulators, one policy
+
+
+def batched(policy, size):
+    """Function (looks) -> actions for the simulator, f32 [H, 7] each; the policy always computes `size` rows.
+
+    looks: list of (instruction, images, proprio). Rows do not see each other, so what a look gets does not depend on
+    who else is ready.
+    """
+
+    def answer(looks):
+        chunks = []
+        for at in range(0, len(looks), size):
+            part = looks[at : at + size]
+            texts, views, proprio = zip(*(part + part[:1] * (size - len(part))))
+            images = [np.stack(camera) for camera in zip(*views)]  # each u8 [size, h, w, 3]
+            chunks += list(to_robosuite(policy(images, list(texts), np.stack(proprio)))[: len(part)])
+        return chunks
+
+    return answer
+
+
+class Schedule:
+    """Which episode a free simulator plays next."""
+
+    def __init__(self, episodes):
+        self.left = {}
+        for episode in episodes:
+            self.left.setdefault((episode.suite, episode.task), []).append(episode)
+
+    def next(self, current, others):
+        """The next episode of the simulator's current task; else of the task with most steps to go, preferring those
+        that none of the `others` is at. None when opening another simulator would take longer than the others need."""
+        self.left = {task: episodes for task, episodes in self.left.items() if episodes}
+        if current in self.left:
+            return self.left[current].pop(0)
+        worth = {task: e for task, e in self.left.items() if not current or task not in others or len(e) > 3}
+        if not worth:
+            return None
+        longest = max(worth, key=lambda task: (task not in others, sum(episode.limit for episode in worth[task])))
+        return self.left[longest].pop(0)
+
+    def again(self, episode):
+        """Puts an episode back in front."""
+        self.left.setdefault((episode.suite, episode.task), []).insert(0, episode)
+
+
+@dataclass
+class Seat:
+    """One simulator process and what it is at."""
+
+    process: Process = field(default_factory=Process)
+    task: tuple | None = None  # (suite, task) that its simulator is, or will be, open for
+    episode: Episode | None = None
+    opening: bool = True
+    started: float = 0.0
+    heard: float = 0.0  # when it last had something to do or to say
+
+    def begin(self, episode):
+        self.task, self.episode, self.opening = (episode.suite, episode.task), episode, True
+        self.started = self.heard = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # a process that died meanwhile is noticed when it is listened to
+            self.process.play(episode)
+
+    def answer(self, actions):
+        self.heard = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            self.process.answer(actions)
+
+    def listen(self):
+        """(kind, content) of the next message; ("died", how) when there will be none."""
+        self.heard = time.monotonic()
+        try:
+            return self.process.connection.recv()
+        except (EOFError, ConnectionError):
+            code = self.process.child.wait()
+            return "died", f"its simulator died (signal {-code})" if code < 0 else f"its simulator ended (code {code})"
+
+    def renew(self):
+        """Another process instead of a dead or silent one."""
+        self.process.kill()
+        self.process, self.task = Process(), None
+
+
+def events(seats, watchdog):
+    """Waits until a busy seat says something, or has been silent for too long: yields (seat, kind, content)."""
+    patience = min(seat.heard for seat in seats) + watchdog - time.monotonic()
+    ready = wait([seat.process.connection for seat in seats], max(0.0, patience))
+    for seat in seats:
+        if seat.process.connection in ready:
+            yield seat, *seat.listen()
+        elif time.monotonic() - seat.heard > watchdog:
+            yield seat, "died", f"its simulator was silent for {watchdog:g} s"
+
+
+def play_all(episodes, answer, finish, envs, watchdog):
+    """Plays all episodes on `envs` simulator processes.
+
+    answer(looks) -> actions of each, see `batched`. finish(episode, result) is called as each one ends; a result has
+    success (None for an error), steps, reason, seconds, spent. Nobody waits for anybody but the policy. A simulator
+    that dies, raises or is silent for `watchdog` seconds is replaced and its episode played again, TRIES times in all.
+    Raises RuntimeError when a task cannot be opened.
+    """
+    schedule, tries, unopened = Schedule(episodes), Counter(), 0
+    seats = [Seat() for _ in range(min(envs, len(episodes)))]
+
+    def end(seat, **result):
+        finish(seat.episode, result | {"seconds": round(time.monotonic() - seat.started, 2)})
+        seat.episode = None
+
+    try:
+        while True:
+            for seat in (s for s in seats if not s.episode):
+                if episode := schedule.next(seat.task, {s.task for s in seats if s.episode}):
+                    seat.begin(episode)
+            busy = [seat for seat in seats if seat.episode]
+            if not busy:
+                return
+            looking = []
+            for seat, kind, content in events(busy, watchdog):
+                if kind == "open":
+                    seat.opening, unopened = False, 0
+                elif kind == "look":
+                    looking.append((seat, (seat.episode.told, *content)))
+                elif kind == "done":
+                    end(seat, reason="success" if content["success"] else "step limit", **content)
+                elif kind == "fatal":
+                    raise RuntimeError(f"{seat.episode.suite} task {seat.episode.task} cannot be opened: {content}")
+                elif kind in ("failed", "died"):
+                    unopened += seat.opening
+                    if unopened == TRIES:
+                        raise RuntimeError(
+                            f"{TRIES} simulators in a row did not open {seat.episode.suite} task {seat.episode.task}; "
+                            f"the last: {content}. Their messages are above."
+                        )
+                    if kind == "died":
+                        seat.renew()
+                    tries[seat.episode] += 1
+                    if tries[seat.episode] == TRIES:
+                        end(seat, success=None, steps=0, reason=f"error: {content}", spent={})
+                    else:
+                        schedule.again(seat.episode)
+                        seat.episode = None
+            if looking:
+                for (seat, _), actions in zip(looking, answer([look for _, look in looking])):
+                    seat.answer(actions)
+    finally:
+        for seat in seats:
+            seat.process.kill()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The result file
+
+
+class Results:
+    """Rows of a JSONL file, one per finished episode. What is in the file already counts as played."""
+
+    def __init__(self, path, settings):
+        """settings: what all rows of a file share, as well as versions. Raises ValueError when the file's differ."""
+        self.path = Path(path)
+        self.about = {"settings": settings, "versions": versions() | {"torch": torch.__version__}, "commit": commit()}
+        self.rows = read_rows(self.path) if self.path.exists() else []
+        for row in self.rows:
+            theirs, ours = ({**about["settings"], **about["versions"]} for about in (row, self.about))
+            if theirs != ours:
+                names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+                differ = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names)
+                raise ValueError(f"{self.path} has other results ({differ}): choose another --out, or delete it")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.save()  # without a line that was cut
+        self.file = open(self.path, "a", buffering=1)
+
+    def add(self, row):
+        self.rows.append(row | self.about)
+        self.file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def save(self):
+        """The whole file anew, sorted."""
+        self.rows.sort(key=key)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self.path)
+
+    def close(self):
+        self.file.close()
+        self.save()
+
+
+def key(row):
+    """What makes two rows the same trial."""
+    return row["suite"], row["task"], row["seed"], row["widen"]
+
+
+def read_rows(path):
+    """Rows of a result file, or of several in one; an unfinished last line is left out.
+
+    Raises ValueError when a line is not a row, or when the file holds a trial twice.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+            key(rows[-1])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is not a result: {line[:80]!r}") from error
+    if twice := [trial for trial, count in Counter(map(key, rows)).items() if count > 1]:
+        raise ValueError(f"{path} holds {len(twice)} trials twice, the first is {twice[0]}; delete one of them")
+    return rows
+
+
+def make_row(episode, result):
+    """An episode's line, without what all lines share."""
+    about = ("suite", "task", "instruction", "told", "trial", "seed", "widen")
+    found = ("success", "steps", "reason", "seconds", "spent")
+    return {name: getattr(episode, name) for name in about} | {name: result[name] for name in found}
 
 
 def result_path(config):
-    """Where the result goes. Raises FileExistsError rather than overwrite one."""
-    control = "".join("-" + name for name in ("blind", "mute") if getattr(config, name))
-    path = Path(config.out or Path(config.run) / f"eval{control}.json")
-    if path.exists():
-        raise FileExistsError(f"{path} exists; choose another --out, or delete it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    """Where the rows go: --out, else a name in the run that says control and shard."""
+    parts = ["eval", *(control.replace("_", "-") for control in CONTROLS if getattr(config, control))]
+    parts += [config.shard.replace("/", "of")] if config.shard else []
+    return config.out or Path(config.run) / f"{'-'.join(parts)}.jsonl"
 
 
-def print_table(result):
-    """Success per task and in all, with intervals and the expert beside them."""
-    rows = [
-        *result["tasks"],
-        {
-            "instruction": "all tasks",
-            **result,
-            "expert_successes": sum(t["expert_successes"] for t in result["tasks"]),
-            "expert_episodes": sum(t["expert_episodes"] for t in result["tasks"]),
-        },
-    ]
-    width = max(len(row["instruction"]) for row in rows)
-    print(f"{'':{width}}  success          95 % interval    expert")
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def tally(rows):
+    """{"episodes", "successes", "errors", "success_rate", "ci95"} of some episodes; errors are not counted as any."""
+    played = [row for row in rows if row["success"] is not None]
+    successes = sum(row["success"] for row in played)
+    return {
+        "episodes": len(played),
+        "successes": successes,
+        "errors": len(rows) - len(played),
+        "success_rate": successes / len(played) if played else None,
+        "ci95": wilson(successes, len(played)),
+    }
+
+
+def by(rows, *names):
+    """{values of these columns: rows}, in order of first appearance."""
+    groups = {}
     for row in rows:
-        low, high = row["ci95"]
-        own = f"{row['successes']:3d}/{row['episodes']:<3d} {100 * row['success_rate']:5.1f} %"
-        beside = f"{row['expert_successes']}/{row['expert_episodes']}" if row["expert_episodes"] else "not run"
-        print(f"{row['instruction']:{width}}  {own}  {100 * low:5.1f} to {100 * high:5.1f} %  {beside}")
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
-def print_comparison(paths):
-    """Each later result against the first, paired by (task, seed)."""
-    results = [json.loads(path.read_text()) for path in paths]
-    outcomes = [{(r["task"], r["seed"]): r["success"] for r in result["rows"]} for result in results]
-    kinds = [(result["suite"], result["widen"], outcome.keys()) for result, outcome in zip(results, outcomes)]
-    for path, result, found, kind in zip(paths, results, outcomes, kinds):
-        if kind != kinds[0]:
-            raise ValueError(f"{path} and {paths[0]} are results of different starts; they cannot be paired")
-        low, high = result["ci95"]
-        line = f"{path}: {result['successes']}/{result['episodes']} = {100 * result['success_rate']:.1f} %"
-        line += f" ({100 * low:.1f} to {100 * high:.1f})"
-        if path != paths[0]:
-            p = mcnemar([outcomes[0][start] for start in found], list(found.values()))
-            line += f", McNemar against the first p = {p:.2g}"
-        print(line)
+def expert(entry, rows):
+    """{"expert_successes", "expert_episodes"} of the scripted expert on the same starts, as far as the data says."""
+    starts = {key(row)[1:] for row in rows if row["suite"] == entry.get("suite")}
+    same = [e for e in entry.get("expert", []) if (e["task"], e["seed"], e["widen"]) in starts]
+    return {"expert_successes": sum(e["success"] for e in same), "expert_episodes": len(same)}
+
+
+def summarise(rows, entry):
+    """Success per suite (and width of the starts) and task, and the mean of the suites."""
+    found = [
+        {"suite": suite, "widen": widen, **tally(group), **expert(entry, group)}
+        | {"tasks": [
+            {"task": task, "instruction": part[0]["instruction"], **tally(part), **expert(entry, part)}
+            for (task,), part in by(group, "task").items()
+        ]}
+        for (suite, widen), group in by(rows, "suite", "widen").items()
+    ]  # fmt: skip
+    rates = [suite["success_rate"] for suite in found if suite["episodes"]]
+    return {"suites": found, "mean_of_suites": sum(rates) / len(rates) if rates else None}
+
+
+def print_table(summary):
+    """Success per task and suite with intervals; the expert where it is known; errors where there are any."""
+    for suite in summary["suites"]:
+        lines = [*suite["tasks"], {"instruction": "all tasks", **suite}]
+        width = max(len(line["instruction"]) for line in lines)
+        print(f"\n{suite['suite']}" + (f", starts widened by {suite['widen']:g} m" if suite["widen"] else ""))
+        print(f"{'':{width}}  success          95 % interval" + "    expert" * bool(suite["expert_episodes"]))
+        for line in lines:
+            low, high = line["ci95"]
+            rate = f"{100 * line['success_rate']:5.1f} %" if line["episodes"] else "   -   "
+            shown = f"{line['successes']:3d}/{line['episodes']:<3d} {rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
+            if line["expert_episodes"]:
+                shown += f"  {line['expert_successes']}/{line['expert_episodes']}"
+            if line["errors"]:
+                shown += f"  {line['errors']} ERRORS, counted neither way"
+            print(f"{line['instruction']:{width}}  {shown}")
+    if len(summary["suites"]) > 1 and summary["mean_of_suites"] is not None:
+        print(f"\nmean of {len(summary['suites'])} suites: {100 * summary['mean_of_suites']:.1f} %")
+
+
+def contact_sheets(folder):
+    """One PNG per task from its videos, ten to a column: of each the first, the middle and the last picture."""
+    import cv2
+
+    def strip(path):
+        video = cv2.VideoCapture(str(path))
+        frames = []
+        while (frame := video.read()[1]) is not None:
+            frames.append(frame)
+        chosen = (frames[0], frames[len(frames) // 2], frames[-1])
+        return np.concatenate([cv2.resize(f, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for f in chosen], 1)
+
+    groups = {}
+    for path in sorted(folder.glob("*-seed*.mp4"), key=lambda p: int(p.stem.rsplit("seed", 1)[1])):
+        groups.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(path)
+    for task, paths in groups.items():
+        strips = [strip(path) for path in paths]
+        strips += [np.zeros_like(strips[0])] * (-len(strips) % min(10, len(strips)))
+        rows = min(10, len(strips))
+        columns = [np.concatenate(strips[at : at + rows]) for at in range(0, len(strips), rows)]
+        cv2.imwrite(str(folder / f"{task}.png"), np.concatenate(columns, 1))
+
+
+def load_results(path):
+    """(name, rows) of a run or of a result file, for --compare."""
+    file = path / "eval.jsonl" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; make it with python eval.py {path}")
+    return str(path), read_rows(file)
+
+
+def pair(first, second):
+    """Outcomes of the trials that both have, without errors: two lists of bool."""
+    a, b = ({key(row): row["success"] for row in rows if row["success"] is not None} for rows in (first, second))
+    both = sorted(a.keys() & b.keys())
+    return [a[trial] for trial in both], [b[trial] for trial in both]
+
+
+def compare(paths):
+    """Prints results side by side: success, difference to the first paired by trial, McNemar's test; draws a chart.
+
+    Raises ValueError when a result has no trial in common with the first.
+    """
+    names, results = zip(*map(load_results, paths))
+    for name, rows in zip(names[1:], results[1:]):
+        if not pair(results[0], rows)[0]:
+            raise ValueError(f"{name} and {names[0]} are results of different starts; they cannot be paired")
+    if len({json.dumps(row["versions"]) for rows in results for row in rows}) > 1:
+        print("NOTE: these results come from different versions of the simulator or of torch")
+    letters = [chr(ord("A") + number) for number in range(len(names))]
+    for letter, name in zip(letters, names):
+        print(f"{letter}  {name}")
+    lines = []
+    for suite, task, text in dict.fromkeys((row["suite"], row["task"], row["instruction"]) for row in results[0]):
+        lines.append((text, [[r for r in rows if (r["suite"], r["task"]) == (suite, task)] for rows in results]))
+    lines.append(("all", results))
+    for text, parts in lines:
+        print(f"\n{text}")
+        for letter, rows in zip(letters, parts):
+            print(f"  {letter}  {beside(parts[0], rows)}")
+    chart = (paths[0] if paths[0].is_dir() else paths[0].parent) / "compare.png"
+    draw_chart(names, lines, chart)
+    print("\nintervals: Wilson; of differences, paired by trial: Agresti and Min. p: McNemar's exact test")
+    print(f"chart: {chart}")
+
+
+def beside(first, rows):
+    """Success of some rows in words and, unless they are the first themselves, the difference to those."""
+    found = tally(rows)
+    low, high = found["ci95"]
+    rate = f"{100 * found['success_rate']:5.1f} %" if found["episodes"] else "   -   "
+    words = f"{found['successes']:3d}/{found['episodes']:<3d} {rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
+    a, b = pair(first, rows)
+    if rows is first or not a:
+        return words
+    difference, low, high = (100 * x for x in paired_difference(a, b))
+    words += f"   minus A: {difference:+6.1f} ({low:+.1f} to {high:+.1f}), p = {mcnemar(a, b):.2g}"
+    return words + (f", {len(a)} pairs" if len(a) != found["episodes"] else "")
+
+
+def draw_chart(names, lines, path):
+    """Bars of success with Wilson intervals: a group per instruction and one for all, a bar per result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(6, 1 + 1.6 * len(lines)), 4.5), layout="constrained")
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        found = [tally(parts[number]) for _, parts in lines]
+        rates = np.array([100 * (row["success_rate"] or 0) for row in found])
+        ends = 100 * np.array([row["ci95"] for row in found]).T
+        at = np.arange(len(lines)) + (number - (len(names) - 1) / 2) * width
+        axes.bar(at, rates, width, label=name, yerr=np.clip([rates - ends[0], ends[1] - rates], 0, None), capsize=3)
+    axes.set_xticks(range(len(lines)), [wrap(text) for text, _ in lines], fontsize=8)
+    axes.set(ylabel="success, % (95 % Wilson interval)", ylim=(0, 105))
+    figure.legend(loc="outside upper left", fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def wrap(text, width=18):
+    """Breaks a label into lines."""
+    lines = [""]
+    for word in text.split():
+        lines += [word] if len(lines[-1]) + len(word) > width else []
+        lines[-1] = word if lines[-1] == word else f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run_all(config, episodes, answer, results):
+    """Plays what the results lack, one row each, with a progress bar."""
+    played = set(map(key, results.rows))
+    left = [e for e in episodes if (e.suite, e.task, e.seed, e.widen) not in played]
+    envs = config.envs or min(16, len(os.sched_getaffinity(0)))
+    if len(left) < len(episodes):
+        print(f"{len(episodes) - len(left)} of {len(episodes)} episodes are in {results.path} already")
+    with tqdm(total=len(episodes), initial=len(episodes) - len(left), unit="episode", smoothing=0) as bar:
+
+        def finish(episode, result):
+            results.add(make_row(episode, result))
+            found = tally(results.rows)
+            errors = f", {found['errors']} errors" if found["errors"] else ""
+            bar.set_postfix_str(f"success {found['successes']}/{found['episodes']}{errors}")
+            bar.update()
+
+        try:
+            play_all(left, answer, finish, envs, config.watchdog)
+        finally:
+            results.close()
+
+
+def report(config, results, entry, **about):
+    """Writes the summary beside the rows, prints it and returns it."""
+    summary = summarise(results.rows, entry) | results.about | {"command": sys.argv} | about
+    write_json(results.path.with_suffix(".json"), summary)
+    print_table(summary)
+    print(f"\nresult: {results.path.with_suffix('.json')}\nepisodes: {results.path}")
+    return summary
+
+
+def evaluate(config, policy):
+    """Plays the trials of a run; returns the summary."""
+    path = result_path(config)
+    episodes = with_videos(shard(plan(config, policy), config.shard), config.video, path.with_suffix(""))
+    policy.check({episode.told for episode in episodes})
+    with open(Path(config.run) / "model.safetensors", "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    settings = {"model": weights, "data": policy.name, "policy_batch": config.policy_batch}
+    results = Results(path, settings | {control: getattr(config, control) for control in CONTROLS})
+    run_all(config, episodes, batched(policy, config.policy_batch), results)
+    summary = report(config, results, policy.entry, run=config.run, variant=policy.config["train"]["variant"])
+    if config.video:
+        contact_sheets(path.with_suffix(""))
+        print(f"videos: {path.with_suffix('')}")
+    return summary
+
+
+def replay(config):
+    """Plays a data set's recorded actions; returns the summary."""
+    index = open_index(config.replay, config.cache)
+    stats = Policy(config.run, config.data).stats if config.run else statistics(index)
+    episodes = shard(plan_replay(config, index, stats["action"]), config.shard)
+    path = config.out or index.cache / f"replay-{statistics_hash(stats)}.jsonl"
+    episodes = with_videos(episodes, config.video, path.with_suffix(""))
+    results = Results(path, {"replay": index.fingerprint, "statistics": statistics_hash(stats)})
+    run_all(config, episodes, None, results)
+    summary = report(config, results, {}, replay=str(config.replay), run=config.run)
+    if failed := [row for row in results.rows if not row["success"]]:
+        print("not successful: " + "; ".join(f"{row['suite']} task {row['task']} seed {row['seed']}" for row in failed))
+    return summary
+
+
+def check(config):
+    """Refuses what cannot work before anything is opened."""
+    for name, low in (("trials", 1), ("policy_batch", 1), ("envs", 0), ("seed", 0)):
+        if getattr(config, name) < low:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    if config.mute and config.swap_instruction:
+        raise ValueError("mute and swap_instruction exclude each other")
+    if not (config.run or config.compare or config.replay):
+        raise ValueError("say which run to evaluate: python eval.py runs/NAME")
 
 
 def main(config):
+    check(config)
     if config.compare:
-        return print_comparison(config.compare)
-    if not config.run:
-        raise ValueError("say which run to evaluate: python eval.py runs/NAME")
+        return compare(config.compare)
     start_ranks()  # for its number of threads
-    out = result_path(config)
-    result = evaluate(config, out)
-    write_json(out, result)
-    print_table(result)
-    print(f"result: {out}")
+    if config.replay:
+        return replay(config)
+    return evaluate(config, Policy(config.run, config.data))
 
 
 if __name__ == "__main__":

@@ -595,6 +595,10 @@ class Policy:
                 f"(hash {statistics_hash(self.stats)}, not {self.entry['statistics']}): put the run's own file back"
             )
 
+    def check(self, instructions):
+        """Raises ValueError when one of these instructions is longer than the run was made for."""
+        self.vla.backbone.tokenise(sorted(instructions))
+
     @torch.inference_mode()
     def __call__(self, images, instructions, proprio):
         """images: list of C arrays u8 [B, h, w, 3] in the run's camera order; instructions: [B] strings;

@@ -88,7 +88,8 @@ def instructions(suite: str) -> list[str]:
 
 def step_limit(suite: str) -> int:
     """Policy steps of an episode: those of the suite that this one is a variant of, else of libero_90."""
-    return next((limit for base, limit in MAX_STEPS.items() if f"{suite}_".startswith(f"{base}_")), MAX_STEPS["libero_90"])
+    bases = [base for base in MAX_STEPS if f"{suite}_".startswith(f"{base}_")]
+    return MAX_STEPS[bases[0] if bases else "libero_90"]
 
 
 def versions() -> dict:
@@ -160,8 +161,8 @@ class Sim:
         from libero.libero.benchmark import load_initial_states
         record = known[task]
         self.suite, self.task, self.instruction = suite, task, instructions(suite)[task]
-        self.starts = load_initial_states(
-            os.path.join(get_libero_path("init_states"), record.problem_folder, record.init_states_file))  # [trials, state]
+        self.starts = load_initial_states(                                      # [trials, state]
+            os.path.join(get_libero_path("init_states"), record.problem_folder, record.init_states_file))
         self.env = build(str(bddl_path(record)))
         self.world = self.env.env              # robosuite's environment inside LIBERO's wrapper
         atexit.register(self.close)            # before robosuite shuts EGL down, or it complains
@@ -357,17 +358,23 @@ class Sim:
 
 # ---- episodes
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Episode:
     """One trial, as it travels to a simulator process."""
     suite: str
     task: int
     seed: int
     """of the fixtures, and number of the official start"""
+    trial: int
+    """its number within the evaluation of its task"""
+    instruction: str
+    """of the task"""
+    told: str
+    """what the policy is told"""
+    limit: int
+    """policy steps after which it has failed"""
     widen: float = 0.0
     """half-width in m of the square in which the handled object starts; 0: official"""
-    instruction: str = ""
-    """what the policy is told"""
     cameras: dict = field(default_factory=dict)
     """RLDS key -> size and JPEG options of the policy's images, in its order"""
     blind: bool = False
@@ -410,8 +417,8 @@ def play(sim: Sim, episode: Episode, ask, every_step: bool = False) -> tuple[boo
     look = not episode.blind
     begin(sim, episode, look)
     done, success = [], False
-    while len(done) < step_limit(sim.suite) and not success:
-        chunk = ask(*view(sim, episode.cameras, episode.blind))[:step_limit(sim.suite) - len(done)]   # [n, 7]
+    while len(done) < episode.limit and not success:
+        chunk = ask(*view(sim, episode.cameras, episode.blind))[:episode.limit - len(done)]       # [n, 7]
         for number, action in enumerate(chunk):
             success = sim.step(action, look=every_step or look and number + 1 == len(chunk))
             done.append(action)
@@ -421,30 +428,36 @@ def play(sim: Sim, episode: Episode, ask, every_step: bool = False) -> tuple[boo
 
 
 def replay(sim: Sim, episode: Episode) -> tuple[bool, list]:
-    """The episode's recorded actions from its start, unseen: (success, the actions executed)."""
+    """The episode's recorded actions from its start, unseen: (success, the actions executed).
+
+    Objects may come to rest a moment later than in the recording, so its end is held for as long as settling takes.
+    """
     begin(sim, episode, look=False)
-    for number, action in enumerate(episode.actions):
+    hold = np.append(np.zeros(6), episode.actions[-1, 6])
+    done = []
+    for action in [*episode.actions, *[hold] * SETTLE_STEPS]:
+        done.append(action)
         if sim.step(action):
-            return True, list(episode.actions[:number + 1])
-    return False, list(episode.actions)
+            return True, done
+    return False, done
 
 
 def film(sim: Sim, episode: Episode, actions: list, success: bool, beat) -> None:
-    """Plays the same actions from the same start again, drawing, and writes an MP4 of 10 frames a second.
+    """Plays the same actions from the same start again, drawing, and writes an MP4 (VP9) of 10 frames a second.
 
     Both cameras side by side; above them the instruction, the step and how it ended. beat() is called now and then.
     """
     import cv2
     Path(episode.video).parent.mkdir(parents=True, exist_ok=True)
     partial = f"{episode.video}.part.mp4"
-    writer = cv2.VideoWriter(partial, cv2.VideoWriter_fourcc(*"mp4v"), 10, (2 * RENDER_SIZE, RENDER_SIZE + BANNER))
+    writer = cv2.VideoWriter(partial, cv2.VideoWriter_fourcc(*"vp09"), 10, (2 * RENDER_SIZE, RENDER_SIZE + BANNER))
     begin(sim, episode, look=True)
     for number, action in enumerate(actions):
         last = number + 1 == len(actions)
         if number % 2 == 0 or last:
             sim.step(action, look=True)
             words = f"step {number + 1}" + (": success" if last and success else ": failure" if last else "")
-            picture = banner(sim.observe(), episode.instruction or "(no instruction)", words)
+            picture = banner(sim.observe(), episode.told or "(no instruction)", words)
             for _ in range(10 if last else 1):                                  # the end stays for a second
                 writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
             beat()
