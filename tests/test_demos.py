@@ -26,7 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return demos.Config(
-        task_ids=[8], episodes=2, image_size=32, widen=0.06, procs=1, out=tmp_path_factory.mktemp("demos") / "tiny_rlds"
+        task_ids=[8],
+        episodes=2,
+        trials=2,
+        image_size=32,
+        widen=0.06,
+        procs=1,
+        out=tmp_path_factory.mktemp("demos") / "tiny_rlds",
     )
 
 
@@ -70,8 +76,8 @@ def test_interrupted_run_resumes_and_writes_the_expected_features(episode, confi
     """Attempt 0 failed before, attempt 1 ended before a kill -9: the second run does neither again."""
     demos.resume(config)
     demos.stage(demos.staging(config) / "8_0.npz", None)
-    flags = ["--task-ids", 8, "--episodes", 2, "--image-size", 32, "--widen", 0.06, "--procs", 1, "--out", config.out]
-    command = [sys.executable, "demos.py", *map(str, flags)]
+    flags = ["--task-ids", 8, "--episodes", 2, "--trials", 2, "--image-size", 32, "--widen", 0.06, "--procs", 1]
+    command = [sys.executable, "demos.py", *map(str, flags), "--out", str(config.out)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as interrupted:
         while not (demos.staging(config) / "8_1.npz").exists():
             assert interrupted.poll() is None

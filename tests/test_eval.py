@@ -1,4 +1,4 @@
-"""eval.py: statistics against known values, the protocol in the real simulator, simulators that die, results that last."""
+"""eval.py: known statistics, the protocol in the real simulator, simulators that die, results that last."""
 
 import io
 import json
@@ -104,7 +104,7 @@ def test_mcnemar_against_the_binomial(only_first, only_second, p):
 
 
 def test_paired_difference_by_hand():
-    """2 pairs lost, 8 won, 10 equal: 6.5 - ... after adding 0.5 to each cell: 8.5 - 2.5 = 6 of 22, s^2 = 11 - 36 / 22."""
+    """2 pairs lost, 8 won, 10 equal. With 0.5 more in each cell: 6 of 22, variance (11 - 36 / 22) / 22^2."""
     centre, half = 6 / 22, 1.959964 * (11 - 36 / 22) ** 0.5 / 22
     found = evaluation.paired_difference(*outcomes(2, 8, 6, 4))
     assert found == pytest.approx((6 / 20, centre - half, centre + half))
@@ -441,7 +441,7 @@ def test_task_that_cannot_be_opened_ends_the_evaluation(cameras, monkeypatch):
 
 
 def test_batch_is_padded_and_split():
-    """Five looks at a batch of three: two calls of three rows each, answers in order, the gripper turned to robosuite's."""
+    """Five looks at a batch of three: two calls of three rows each, answers in order, the gripper as robosuite's."""
     calls = []
 
     def policy(images, texts, proprio):
@@ -535,7 +535,7 @@ def test_expert_is_counted_on_the_same_starts_only():
 
 
 def test_compare_prints_paired_results_and_draws_them(tmp_path, capsys):
-    """9 of 10 against 1 of 10 with no pair won by the second: p = 2 / 2^8. Another shares four starts without errors."""
+    """9 of 10 against 1 of 10 with no pair won by the second: p = 2 / 2^8. Another shares four starts."""
     write(tmp_path / "a" / "eval.jsonl", [row(s, s < 9) for s in range(10)])
     second = write(tmp_path / "b.jsonl", [row(s, s < 1) for s in range(10)])
     third = write(tmp_path / "c.jsonl", [row(s, None if s == 6 else True) for s in range(5, 13)])
@@ -593,7 +593,7 @@ def test_evaluation_ends_with_a_result(blind, run):
 
 
 def test_killed_evaluation_resumes_to_the_same_result(blind, run, script, tmp_path):
-    """Killed after the first episode and started again, it plays the rest; but for times the file is the undisturbed one."""
+    """Killed after the first episode and started again, it plays the rest: the undisturbed file, but for times."""
     path, words = tmp_path / "eval.jsonl", ["--blind", "--trials", "2", "--task-ids", "8", "--envs", "1", "--out"]
     words = ["eval.py", str(run.folder), *words, str(tmp_path / "eval.jsonl")]
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -633,7 +633,7 @@ def test_instruction_that_is_too_long_is_refused_at_once(run, tmp_path):
 
 
 def test_replay_goes_through_the_action_path(index):
-    """Recorded actions come back within the clipped range, the gripper's sign intact; starts and lengths are the data's."""
+    """Recorded actions come back within the clipped range, the gripper's sign intact; starts are the data's."""
     stats = statistics(index)["action"]
     episodes = evaluation.plan_replay(evaluation.Config(), index, stats)
     assert [len(e.actions) for e in episodes] == np.diff(index.starts).tolist()

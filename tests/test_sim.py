@@ -47,6 +47,22 @@ def test_start_is_a_function_of_its_arguments(sim):
     assert same(first, sim.observe())
 
 
+def test_reset_that_keeps_the_compiled_model_is_a_full_one(sim, monkeypatch):
+    """State and frames after it, and five steps on, are those of robosuite's own reset, which compiles anew."""
+    seen = []
+    for full in (False, True):
+        if full:
+            monkeypatch.delattr(sim.world, "_initialize_sim")
+            monkeypatch.delattr(sim.world, "_destroy_sim")
+        for seed in (6, 3):
+            sim.start(seed)
+            first, state = sim.observe(), sim.state()
+            wiggle(sim)
+            seen.append([first, {"state": state}, sim.observe(), {"state": sim.state()}])
+    assert all(same(a, b) for fast, full in zip(seen[:2], seen[2:]) for a, b in zip(fast, full))
+    assert not same(seen[0][0], seen[1][0])
+
+
 def test_start_settles_and_looks_once(sim, monkeypatch):
     calls, step = [], sim.step
 
