@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common import commit, start_ranks, write_json
 from data import CACHE, normalise, open_index, standardise, statistics, statistics_hash, to_robosuite, unnormalise
 from model import Policy
-from sim import TRIALS, Episode, Process, instructions, step_limit, suites, tasks, versions
+from sim import CAMERAS, TRIALS, Episode, Process, instructions, step_limit, suites, tasks, versions
 
 TRIES = 3  # an episode whose simulator crashes or hangs this often is recorded as an error
 CONTROLS = ("blind", "mute", "swap_instruction")
@@ -166,6 +166,16 @@ def plan(config, policy):
             same |= {"any_mujoco": config.any_mujoco}
             episodes += [Episode(seed=config.seed + trial, trial=trial, **same) for trial in range(config.trials)]
     return episodes
+
+
+def check_policy(policy):
+    """Raises ValueError when the simulator cannot give a policy what it was trained on, or take its actions."""
+    sizes = {name: len(policy.stats[name]["q01"]) for name in ("action", "proprio")}
+    if sizes != {"action": 7, "proprio": 8} or not policy.entry["cameras"].keys() <= CAMERAS.keys():
+        raise ValueError(
+            f"the run was trained on {sizes['action']} actions, {sizes['proprio']} values of proprio and the cameras "
+            f"{', '.join(policy.entry['cameras'])}; LIBERO has 7, 8 and {', '.join(CAMERAS)}"
+        )
 
 
 def choose_tasks(config, entry, suite, whole):
@@ -681,9 +691,10 @@ def report(config, results, entry, **about):
 
 def evaluate(config, policy):
     """Plays the trials of a run; returns the summary."""
+    check_policy(policy)
     path = result_path(config)
     episodes = with_videos(shard(plan(config, policy), config.shard), config.video, path.with_suffix(""))
-    policy.check({episode.told for episode in episodes})
+    policy.make_room({episode.told for episode in episodes})
     with open(Path(config.run) / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     settings = {"model": weights, "data": policy.name, "policy_batch": config.policy_batch}

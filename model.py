@@ -552,8 +552,8 @@ def _check_spec(spec):
 # A trained run as a policy
 
 
-def load_vla(run):
-    """(VLA in evaluation mode, config of the run).
+def load_vla(run, text_length=0):
+    """(VLA in evaluation mode, config of the run). text_length: room for instructions, if another than in training.
 
     Raises FileNotFoundError or ValueError when `run` is not a finished run.
     """
@@ -562,7 +562,7 @@ def load_vla(run):
         if not (run / name).exists():
             raise FileNotFoundError(f"{run} has no {name}: it is not a run that train.py saved")
     config = json.loads((run / "config.json").read_text())
-    vla = VLA(Spec(**config["model"]))
+    vla = VLA(Spec(**config["model"] | ({"text_length": text_length} if text_length else {})))
     load_trainable(vla, load_tensors(run / "model.safetensors")[0], run / "model.safetensors")
     if base_hash(vla) != config["base_hash"]:
         raise ValueError(
@@ -581,6 +581,7 @@ class Policy:
         device: the GPU when there is one, unless stated.
         """
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.run = run
         self.vla, self.config = load_vla(run)
         self.vla.to(self.device)
         every = json.loads((Path(run) / "dataset_statistics.json").read_text())
@@ -595,9 +596,15 @@ class Policy:
                 f"(hash {statistics_hash(self.stats)}, not {self.entry['statistics']}): put the run's own file back"
             )
 
-    def check(self, instructions):
-        """Raises ValueError when one of these instructions is longer than the run was made for."""
-        self.vla.backbone.tokenise(sorted(instructions))
+    def make_room(self, instructions):
+        """Lets the model read these instructions, should they be longer than those of its training.
+
+        Padding is masked, so what it answers to shorter ones stays the same to rounding.
+        """
+        backbone = self.vla.backbone
+        longest = max(len(request_ids(backbone.tokenizer, text, backbone.chunk)) for text in instructions)
+        if longest > backbone.text_length:
+            self.vla = load_vla(self.run, (longest + 7) // 8 * 8)[0].to(self.device)
 
     @torch.inference_mode()
     def __call__(self, images, instructions, proprio):

@@ -625,11 +625,17 @@ def test_statistics_of_another_data_set_are_refused(run, tmp_path):
         evaluation.main(evaluation.Config(run=str(run.folder), data="libero_10"))
 
 
-def test_instruction_that_is_too_long_is_refused_at_once(run, tmp_path):
-    """Before any simulator is opened: libero_10's are longer than those that the run was made for."""
-    config = evaluation.Config(run=str(run.folder), suite=("libero_10",), out=tmp_path / "e.jsonl")
-    with pytest.raises(ValueError, match="takes .* tokens .* but text_length is"):
-        evaluation.main(config)
+def test_run_that_does_not_fit_the_simulator_is_refused(run):
+    """A camera that LIBERO does not have, a proprio of another size; the run as it is passes."""
+    policy = model.Policy(run.folder)
+    evaluation.check_policy(policy)
+    policy.entry["cameras"]["left_image"] = {}
+    with pytest.raises(ValueError, match="cameras image, wrist_image, left_image; LIBERO has 7, 8 and image"):
+        evaluation.check_policy(policy)
+    policy = model.Policy(run.folder)
+    policy.stats["proprio"]["q01"].pop()
+    with pytest.raises(ValueError, match="trained on 7 actions, 7 values of proprio"):
+        evaluation.check_policy(policy)
 
 
 def test_replay_goes_through_the_action_path(index):

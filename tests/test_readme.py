@@ -16,8 +16,9 @@ COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.replace("
 
 
 def printed(start):
-    """The README's one command that begins like this, without the installation; as a list of words."""
-    (found,) = (c for line in COMMANDS for c in [line.split(" && ")[-1]] if c.startswith(start))
+    """The README's one command that is this, or begins like this, without the installation; as a list of words."""
+    commands = [line.split(" && ")[-1] for line in COMMANDS]
+    (found,) = [c for c in commands if c == start] or [c for c in commands if c.startswith(start)]
     return shlex.split(found)
 
 
@@ -46,6 +47,7 @@ def test_every_command_is_tested_here():
     tested = {"python " + name for name in ("eval.py", "data.py", "demos.py", "latent.py", "-m")}
     assert starts == tested | {"torchrun --standalone"}
     assert sum("train.py" in line for line in COMMANDS) == 2
+    assert sum("eval.py" in line for line in COMMANDS) == 4
 
 
 def test_requirements_are_pinned():
@@ -55,10 +57,28 @@ def test_requirements_are_pinned():
     assert pinned["mujoco"] == "3.3.2"
 
 
-def test_evaluation(trained):
-    """`python eval.py RUN` prints success with its interval and the expert on the same starts."""
-    text = run(printed("python eval.py"), "--trials", 1, "--task-ids", 8, RUN=str(trained))
-    assert re.search(r"put the bowl on the plate +[01]/1 +\d+\.\d % +\d+\.\d to +\d+\.\d % +[01]/1", text)
+def test_evaluation_and_comparison(trained):
+    """`python eval.py RUN` prints success with its interval and the expert on the same starts; `--compare` compares."""
+    small = ["--trials", 1, "--task-ids", 8]
+    text = run(printed("python eval.py RUN"), *small, "--blind", RUN=str(trained))
+    assert re.search(r"put the bowl on the plate +0/1 +0\.0 % +0\.0 to +79\.3 % +1/1", text)
+    (trained / "eval.jsonl").write_bytes((trained / "eval-blind.jsonl").read_bytes())
+    replaced = {"RUN": str(trained), "RUN/eval-blind.jsonl": str(trained / "eval-blind.jsonl")}
+    text = run(printed("python eval.py --compare"), **replaced)
+    assert "minus A:   +0.0 (-65.3 to +65.3), p = 1" in text and (trained / "compare.png").exists()
+
+
+def test_other_suites(trained, tmp_path):
+    """The suites' command plays one episode of all that it names and reports it."""
+    small = ["--trials", 1, "--shard", "1/16", "--blind", "--out", tmp_path / "eval.jsonl"]
+    text = run(printed("python eval.py RUN --suite"), *small, RUN=str(trained))
+    assert re.search(r"libero_goal, starts widened by 0.06 m\n.*\nput the bowl on the stove +0/1", text)
+
+
+def test_replay_of_the_embedded_data(tmp_path):
+    """Every 30th recorded episode succeeds when its actions are played through normalisation and back."""
+    small = ["--shard", "1/30", "--cache", tmp_path]
+    assert re.search(r"all tasks +2/2 +100.0 %", run(printed("python eval.py --replay"), *small))
 
 
 def test_policy_example(trained):
@@ -78,7 +98,7 @@ def test_looking_at_data():
 def test_demonstrations_can_be_made_and_trained_on(tmp_path):
     """The demonstrations' command, for one episode, writes a data set that trains."""
     data = tmp_path / "demos"
-    run(printed("python demos.py"), "--task-ids", 8, "--episodes", 1, "--procs", 1, "--out", data)
+    run(printed("python demos.py"), "--task-ids", 8, "--episodes", 1, "--trials", 1, "--procs", 1, "--out", data)
     run(["python", "train.py"], "--variant", "baseline", "--data", data, "--cache", tmp_path, "--val-fraction", 0,
         "--max-steps", 2, "--out", tmp_path / "run")  # fmt: skip
 

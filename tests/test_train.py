@@ -438,3 +438,17 @@ def test_statistics_missing_for_a_data_set(run):
     """Those that there are, and the one asked for."""
     with pytest.raises(ValueError, match=r"has statistics of \['made'\], not of 'libero_10'"):
         model.Policy(run.folder, "libero_10")
+
+
+def test_policy_makes_room_for_longer_instructions(run):
+    """One that does not fit is refused, then answered; what a short one gets stays the same to rounding."""
+    policy, rng = model.Policy(run.folder), np.random.default_rng(0)
+    views = [rng.integers(0, 256, (1, 96, 96, 3), dtype=np.uint8) for _ in range(2)]
+    proprio = rng.normal(size=(1, 8)).astype(np.float32)
+    short, long = ["put the bowl on the plate"], ["put the bowl on the plate and then open the drawer of the cabinet"]
+    before = policy(views, short, proprio)
+    with pytest.raises(ValueError, match="but text_length is"):
+        policy(views, long, proprio)
+    policy.make_room([*short, *long])
+    assert np.abs(policy(views, short, proprio) - before).max() < 1e-5
+    assert np.abs(policy(views, long, proprio) - before).max() > 1e-3
