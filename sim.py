@@ -213,12 +213,14 @@ class Sim:
             xml = world.model.get_xml()
             if xml not in pristine:
                 pristine[xml] = mujoco.MjModel.from_xml_string(xml)
-            context, world.sim = world.sim._render_context_offscreen, MjSim(copy.copy(pristine[xml]))
+            old, world.sim = world.sim, MjSim(copy.copy(pristine[xml]))
             world.sim.forward()
             world.initialize_time(world.control_freq)
+            context = old._render_context_offscreen
             context.sim, context.model, context.data = world.sim, world.sim.model, world.sim.data
             world.sim.forward()                 # as often as in a full reset: it warm-starts the solver
             world.sim.add_render_context(context)
+            del old.model, old.data             # 60 MB, which wait for the garbage collector otherwise
         world._initialize_sim, world._destroy_sim = take_copy, lambda: None
 
     def handled(self) -> str:
