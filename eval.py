@@ -19,11 +19,13 @@ when the policy looks. Each finished episode is one line of RUN/eval.jsonl: the 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -245,6 +247,8 @@ def with_videos(episodes, video, folder):
     if not (video in ("", "all", "failures") or video.isdigit()):
         raise ValueError(f"video is '{video}'; choose all, failures, or a number of trials per task")
     most = int(video) if video.isdigit() else math.inf if video else 0
+    if most:
+        folder.mkdir(parents=True, exist_ok=True)
     path = lambda e: str(folder.resolve() / f"{e.suite}-task{e.task}-seed{e.seed}.mp4")  # noqa: E731
     return [replace(e, video=path(e), film=video) if e.trial < most else e for e in episodes]
 
@@ -306,17 +310,17 @@ class Seat:
     episode: Episode | None = None
     opening: bool = True
     started: float = 0.0
-    heard: float = 0.0  # when it last had something to do or to say
+    heard: float = field(default_factory=time.monotonic)  # when it last had something to do or to say
 
     def begin(self, episode):
         self.task, self.episode, self.opening = (episode.suite, episode.task), episode, True
         self.started = self.heard = time.monotonic()
-        with contextlib.suppress(ConnectionError):  # a process that died meanwhile is noticed when it is listened to
+        with contextlib.suppress(OSError):  # a process that died meanwhile is noticed when it is listened to
             self.process.play(episode)
 
     def answer(self, actions):
         self.heard = time.monotonic()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             self.process.answer(actions)
 
     def listen(self):
@@ -324,9 +328,8 @@ class Seat:
         self.heard = time.monotonic()
         try:
             return self.process.connection.recv()
-        except (EOFError, ConnectionError):
-            code = self.process.child.wait()
-            return "died", f"its simulator died (signal {-code})" if code < 0 else f"its simulator ended (code {code})"
+        except (EOFError, OSError):  # OSError: it stopped in the middle of a message
+            return "died", self.process.obituary()
 
     def renew(self):
         """Another process instead of a dead or silent one."""
@@ -409,34 +412,40 @@ class Results:
     """Rows of a JSONL file, one per finished episode. What is in the file already counts as played."""
 
     def __init__(self, path, settings):
-        """settings: what all rows of a file share, as well as versions. Raises ValueError when the file's differ."""
-        self.path = Path(path)
+        """settings: what all rows of a file share, as well as versions.
+
+        Raises ValueError when the file's differ, RuntimeError when another evaluation is writing it.
+        """
+        if path.suffix != ".jsonl":
+            raise ValueError(f"out is {path}; its name must end in .jsonl (the summary goes beside it, in .json)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.file = path, open(path, "a", buffering=1)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another evaluation is writing {path}; wait for it, or choose another --out") from None
         self.about = {"settings": settings, "versions": versions() | {"torch": torch.__version__}, "commit": commit()}
-        self.rows = read_rows(self.path) if self.path.exists() else []
+        self.rows = read_rows(path)
         for row in self.rows:
             theirs, ours = ({**about["settings"], **about["versions"]} for about in (row, self.about))
             if theirs != ours:
                 names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
                 differ = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names)
-                raise ValueError(f"{self.path} has other results ({differ}): choose another --out, or delete it")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.save()  # without a line that was cut
-        self.file = open(self.path, "a", buffering=1)
+                raise ValueError(f"{path} has other results ({differ}): choose another --out, or delete it")
+        text = path.read_text()
+        self.file.truncate(len(text[: text.rfind("\n") + 1].encode()))  # without a line that was cut
 
     def add(self, row):
         self.rows.append(row | self.about)
         self.file.write(json.dumps(self.rows[-1]) + "\n")
 
-    def save(self):
-        """The whole file anew, sorted."""
+    def close(self):
+        """Sorts the file by trial: it does not tell in which order, or in how many goes, the episodes were played."""
         self.rows.sort(key=key)
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         temporary.replace(self.path)
-
-    def close(self):
         self.file.close()
-        self.save()
 
 
 def key(row):
@@ -510,7 +519,7 @@ def expert(entry, rows):
 
 
 def summarise(rows, entry):
-    """Success per suite (and width of the starts) and task, and the mean of the suites."""
+    """Success per suite (one widened and not widened counts as two) and task, and the mean of the suites."""
     found = [
         {"suite": suite, "widen": widen, **tally(group), **expert(entry, group)}
         | {"tasks": [
@@ -540,7 +549,7 @@ def print_table(summary):
                 shown += f"  {line['errors']} ERRORS, counted neither way"
             print(f"{line['instruction']:{width}}  {shown}")
     if len(summary["suites"]) > 1 and summary["mean_of_suites"] is not None:
-        print(f"\nmean of {len(summary['suites'])} suites: {100 * summary['mean_of_suites']:.1f} %")
+        print(f"\nmean of the above: {100 * summary['mean_of_suites']:.1f} %")
 
 
 def contact_sheets(folder):
@@ -556,7 +565,8 @@ def contact_sheets(folder):
         return np.concatenate([cv2.resize(f, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for f in chosen], 1)
 
     groups = {}
-    for path in sorted(folder.glob("*-seed*.mp4"), key=lambda p: int(p.stem.rsplit("seed", 1)[1])):
+    finished = [path for path in folder.glob("*-seed*.mp4") if path.stem.rsplit("seed", 1)[1].isdigit()]
+    for path in sorted(finished, key=lambda p: int(p.stem.rsplit("seed", 1)[1])):
         groups.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(path)
     for task, paths in groups.items():
         strips = [strip(path) for path in paths]
@@ -571,7 +581,9 @@ def load_results(path):
     file = path / "eval.jsonl" if path.is_dir() else path
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist; make it with python eval.py {path}")
-    return str(path), read_rows(file)
+    if not (rows := read_rows(file)):
+        raise ValueError(f"{file} has no result yet")
+    return str(path), rows
 
 
 def pair(first, second):
@@ -595,9 +607,10 @@ def compare(paths):
     letters = [chr(ord("A") + number) for number in range(len(names))]
     for letter, name in zip(letters, names):
         print(f"{letter}  {name}")
-    lines = []
-    for suite, task, text in dict.fromkeys((row["suite"], row["task"], row["instruction"]) for row in results[0]):
-        lines.append((text, [[r for r in rows if (r["suite"], r["task"]) == (suite, task)] for rows in results]))
+    several, lines = len(by(results[0], "suite")) > 1, []
+    for suite, task, text in by(results[0], "suite", "task", "instruction"):
+        parts = [[row for row in rows if (row["suite"], row["task"]) == (suite, task)] for rows in results]
+        lines.append((f"{suite}: {text}" if several else text, parts))
     lines.append(("all", results))
     for text, parts in lines:
         print(f"\n{text}")
@@ -620,7 +633,7 @@ def beside(first, rows):
         return words
     difference, low, high = (100 * x for x in paired_difference(a, b))
     words += f"   minus A: {difference:+6.1f} ({low:+.1f} to {high:+.1f}), p = {mcnemar(a, b):.2g}"
-    return words + (f", {len(a)} pairs" if len(a) != found["episodes"] else "")
+    return words + (f", {len(a)} pairs" if {len(first), len(rows)} != {len(a)} else "")
 
 
 def draw_chart(names, lines, path):
@@ -638,20 +651,11 @@ def draw_chart(names, lines, path):
         ends = 100 * np.array([row["ci95"] for row in found]).T
         at = np.arange(len(lines)) + (number - (len(names) - 1) / 2) * width
         axes.bar(at, rates, width, label=name, yerr=np.clip([rates - ends[0], ends[1] - rates], 0, None), capsize=3)
-    axes.set_xticks(range(len(lines)), [wrap(text) for text, _ in lines], fontsize=8)
+    axes.set_xticks(range(len(lines)), [textwrap.fill(text, 18) for text, _ in lines], fontsize=8)
     axes.set(ylabel="success, % (95 % Wilson interval)", ylim=(0, 105))
     figure.legend(loc="outside upper left", fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def wrap(text, width=18):
-    """Breaks a label into lines."""
-    lines = [""]
-    for word in text.split():
-        lines += [word] if len(lines[-1]) + len(word) > width else []
-        lines[-1] = word if lines[-1] == word else f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

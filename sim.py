@@ -22,6 +22,8 @@ import gc
 import io
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -38,6 +40,7 @@ CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}  # RLDS ke
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300,
              "libero_10": 520, "libero_90": 400}  # policy steps; settling comes on top
 TRIALS = 50                # per task
+READ_LIMIT = 10            # s, for the rest of a message that has begun
 MUJOCO_VERSION = "3.3.2"   # >= 3.3.3 changes colours, >= 3.4.0 changes box collisions
 SETTLE_STEPS = 10
 RENDER_SIZE = 256          # pixels
@@ -450,9 +453,10 @@ def film(sim: Sim, episode: Episode, actions: list, success: bool, beat) -> None
     Both cameras side by side; above them the instruction, the step and how it ended. beat() is called now and then.
     """
     import cv2
-    Path(episode.video).parent.mkdir(parents=True, exist_ok=True)
     partial = f"{episode.video}.part.mp4"
     writer = cv2.VideoWriter(partial, cv2.VideoWriter_fourcc(*"vp09"), 10, (2 * RENDER_SIZE, RENDER_SIZE + BANNER))
+    if not writer.isOpened():
+        raise OSError("OpenCV cannot write there")
     begin(sim, episode, look=True)
     for number, action in enumerate(actions):
         last = number + 1 == len(actions)
@@ -499,6 +503,8 @@ class Process:
         words = [sys.executable, __file__, str(theirs.fileno())]
         self.child = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
         theirs.close()
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:    # a read within a message may hang, too
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", READ_LIMIT, 0))
 
     def play(self, episode: Episode) -> None:
         self.connection.send(episode)
@@ -506,6 +512,14 @@ class Process:
     def answer(self, actions) -> None:
         """actions: f32 [n, 7] for the simulator."""
         self.connection.send(actions)
+
+    def obituary(self) -> str:
+        """What is known of its end."""
+        try:
+            code = self.child.wait(READ_LIMIT)
+        except subprocess.TimeoutExpired:
+            return "its simulator broke off"
+        return f"its simulator died (signal {-code})" if code < 0 else f"its simulator ended (code {code})"
 
     def kill(self) -> None:
         self.child.kill()
@@ -552,7 +566,10 @@ def perform(sim: Sim, episode: Episode, connection, opening: float) -> dict:
     success, actions = play(sim, episode, ask) if episode.actions is None else replay(sim, episode)
     spent = {"open": opening, "wait": waited} | {name: sim.spent[name] - before[name] for name in before}
     if episode.video and not (success and episode.film == "failures"):
-        film(sim, episode, actions, success, lambda: connection.send(("alive", None)))
+        try:
+            film(sim, episode, actions, success, lambda: connection.send(("alive", None)))
+        except (OSError, RuntimeError) as error:                    # the outcome is worth more than the film
+            print(f"{episode.video}: {error}", file=sys.stderr)
     return {"success": success, "steps": len(actions), "spent": {name: round(s, 3) for name, s in spent.items()}}
 
 

@@ -184,7 +184,9 @@ def test_film_shows_the_episode_again(sim, cameras, tmp_path):
         size = (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT))
         assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS), *size) == (20, 10, 512, 300)
     assert len(beats) == 2 * 11
+    (tmp_path / "goal-task8-seed5.mp4.part.mp4").write_bytes(b"left by a kill")
     evaluation.contact_sheets(tmp_path)
+    (tmp_path / "goal-task8-seed5.mp4.part.mp4").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "goal-task8-seed12.mp4",
         "goal-task8-seed5.mp4",
@@ -297,12 +299,12 @@ def test_shards_play_every_trial_once():
             evaluation.shard(whole, wrong)
 
 
-def test_which_episodes_are_filmed():
+def test_which_episodes_are_filmed(tmp_path):
     """All of them, all to keep the failures, or the first of each task."""
     whole = plan(ENTRY, trials=3, seed=4)
-    filmed = lambda video: [(e.task, e.seed) for e in evaluation.with_videos(whole, video, Path("v")) if e.video]  # noqa: E731
+    filmed = lambda video: [(e.task, e.seed) for e in evaluation.with_videos(whole, video, tmp_path) if e.video]  # noqa: E731
     assert filmed("") == [] and filmed("1") == [(1, 4), (8, 4)] and len(filmed("all")) == len(filmed("failures")) == 6
-    assert {e.film for e in evaluation.with_videos(whole, "failures", Path("v"))} == {"failures"}
+    assert {e.film for e in evaluation.with_videos(whole, "failures", tmp_path)} == {"failures"}
     with pytest.raises(ValueError, match="video is 'some'; choose all, failures, or a number"):
         filmed("some")
 
@@ -396,8 +398,8 @@ def test_trained_policy_does_not_depend_on_the_number_of_simulators(run, cameras
 
 def test_killed_simulators_are_replaced(cameras, tmp_path):
     """An episode whose simulator is killed once is played again; one whose simulator is killed each time becomes an
-    error, neither success nor failure. Only what failed is filmed."""
-    kills = {0: 1, 1: evaluation.TRIES}
+    error, neither success nor failure. Only what failed is filmed, and a film that fails costs no result."""
+    kills = {0: 1, 1: evaluation.TRIES, 2: 0}
 
     def answer(looks):
         (text, _, _), still = looks[0], np.tile(simulator.STILL, (len(looks), 8, 1))
@@ -408,9 +410,9 @@ def test_killed_simulators_are_replaced(cameras, tmp_path):
         return still
 
     video = {"video": str(tmp_path / "goal-task8-seed0.mp4"), "film": "failures"}
-    short = [episode(seed=seed, told=str(seed), cameras=cameras, limit=10) for seed in range(2)]
-    found = play_all([replace(short[0], **video), short[1]], answer)
-    assert kills == {0: 0, 1: 0}
+    short = [episode(seed=seed, told=str(seed), cameras=cameras, limit=10) for seed in range(3)]
+    found = play_all([replace(short[0], **video), short[1], replace(short[2], video="/nowhere/a.mp4")], answer)
+    assert not any(kills.values()) and found[2]["reason"] == "step limit"
     assert (found[0]["success"], found[0]["steps"], found[0]["reason"]) == (False, 10, "step limit")
     assert (found[1]["success"], found[1]["reason"]) == (None, "error: its simulator died (signal 9)")
     assert Path(video["video"]).exists()
@@ -426,6 +428,18 @@ def test_silent_simulator_is_noticed():
     assert time.monotonic() - seat.heard >= 0.3
     seat.renew()
     assert old.poll() == -signal.SIGKILL and seat.process.child.poll() is None
+    seat.process.kill()
+
+
+@pytest.mark.parametrize("then, words", (("time.sleep(60)", "broke off"), ("sys.exit(7)", "ended (code 7)")))
+def test_simulator_that_stops_within_a_message(then, words, monkeypatch, tmp_path):
+    """A program that sends half a message, and then is silent or ends: either is reported, nobody waits for ever."""
+    program = f"import os, struct, sys, time\nos.write(int(sys.argv[1]), struct.pack('!i', 99) + b'half'); {then}"
+    (tmp_path / "sim.py").write_text(program)
+    monkeypatch.setattr(simulator, "__file__", str(tmp_path / "sim.py"))
+    monkeypatch.setattr(simulator, "READ_LIMIT", 1)
+    seat = evaluation.Seat()
+    assert list(evaluation.events([seat], 20.0)) == [(seat, "died", f"its simulator {words}")]
     seat.process.kill()
 
 
@@ -472,19 +486,23 @@ def write(path, rows):
     return path
 
 
-def test_cut_line_is_dropped_and_the_rest_continues(tmp_path, monkeypatch):
-    """What a kill left half-written is played again; rows stay, in order of trial."""
+def test_cut_line_is_dropped_and_the_rest_continues(tmp_path):
+    """What a kill left half-written is played again; rows stay, in order of trial. One evaluation a file."""
     path = tmp_path / "eval.jsonl"
     results = evaluation.Results(path, {"model": "m"})
+    with pytest.raises(RuntimeError, match="another evaluation is writing .*eval.jsonl"):
+        evaluation.Results(path, {"model": "m"})
     for seed in (3, 1):
-        results.add({**row(seed, True), **results.about})
-    text = path.read_text()
-    path.write_text(text + text[:50])
+        results.add(row(seed, True))
+    results.file.write('{"suite": "libero')
+    results.file.close()
     again = evaluation.Results(path, {"model": "m"})
-    assert [r["seed"] for r in again.rows] == [1, 3]
+    assert [r["seed"] for r in again.rows] == [3, 1]
     again.add(row(2, None))
     again.close()
     assert [r["seed"] for r in evaluation.read_rows(path)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="eval.json; its name must end in .jsonl"):
+        evaluation.Results(tmp_path / "eval.json", {})
 
 
 def test_results_of_something_else_are_refused(tmp_path):
@@ -521,7 +539,7 @@ def test_mean_of_suites_weighs_suites_alike(capsys):
     found = evaluation.summarise(rows, {})
     assert found["mean_of_suites"] == 0.625
     evaluation.print_table(found)
-    assert "mean of 2 suites: 62.5 %" in capsys.readouterr().out
+    assert "mean of the above: 62.5 %" in capsys.readouterr().out
 
 
 def test_expert_is_counted_on_the_same_starts_only():
@@ -547,6 +565,11 @@ def test_compare_prints_paired_results_and_draws_them(tmp_path, capsys):
     assert "1/10   10.0 %    1.8 to  40.4 %   minus A:  -80.0 (-97.9 to -35.4), p = 0.0078" in b and b.endswith("8")
     assert "7/7   100.0 %" in c and "minus A:  +25.0 " in c and c.endswith("p = 1, 4 pairs")
     assert Image.open(tmp_path / "a" / "compare.png").size[0] > 500
+    both = write(tmp_path / "d.jsonl", [row(0, True), row(0, False, suite="libero_object")])
+    evaluation.compare((both, second))
+    text = capsys.readouterr().out
+    assert "\nlibero_goal: put it there\n" in text and "\nlibero_object: put it there\n" in text
+    assert text.count("1 pairs") == 2
 
 
 def test_compare_refuses_other_starts(tmp_path):
@@ -556,6 +579,8 @@ def test_compare_refuses_other_starts(tmp_path):
         other = write(tmp_path / "b.jsonl", [elsewhere])
         with pytest.raises(ValueError, match="different starts"):
             evaluation.compare((first, other))
+    with pytest.raises(ValueError, match="empty.jsonl has no result yet"):
+        evaluation.compare((first, write(tmp_path / "empty.jsonl", [])))
     with pytest.raises(FileNotFoundError, match="eval.jsonl does not exist; make it with python eval.py"):
         evaluation.compare((first, tmp_path))
 
