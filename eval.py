@@ -24,11 +24,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Config:
     """episodes per task"""
     seed: int = 0
     """seed of the first trial; trial i has seed + i"""
-    widen: float = -1.0
+    widen: float | None = None
     """half-width in metres of the square in which the handled object starts (default: as in the run's data;
     0: official)"""
     blind: bool = False
@@ -159,10 +160,13 @@ def plan(config, policy):
         )
     episodes = []
     for suite in config.suite or (own,):
-        texts, chosen = instructions(suite), choose_tasks(config, entry, suite, known[suite])
-        widen = config.widen if config.widen >= 0 else entry["widen"] if suite == entry.get("suite") else 0.0
+        texts, usual = instructions(suite), usual_tasks(entry, suite)
+        chosen = check_tasks(config.task_ids or usual, suite, known[suite])
+        widen = config.widen
+        if widen is None:
+            widen = entry["widen"] if suite == entry.get("suite") else 0.0
         for task in chosen:
-            told = "" if config.mute else another(texts, task, chosen) if config.swap_instruction else texts[task]
+            told = "" if config.mute else another(texts, task, usual) if config.swap_instruction else texts[task]
             same = {"suite": suite, "task": task, "instruction": texts[task], "told": told, "widen": widen}
             same |= {"limit": step_limit(suite), "cameras": entry["cameras"], "blind": config.blind}
             same |= {"any_mujoco": config.any_mujoco}
@@ -180,26 +184,34 @@ def check_policy(policy):
         )
 
 
-def choose_tasks(config, entry, suite, whole):
-    """Tasks of a suite: those asked for, else those of the run's data (found by name in a variant), else all."""
+def usual_tasks(entry, suite):
+    """Tasks of a suite that the run was trained on, found by their names; of a suite without any, all."""
     names = [record.name for record in tasks(suite)]
     if "suite" in entry:
         trained = {record.name for task, record in enumerate(tasks(entry["suite"])) if task in entry["tasks"]}
     else:
         trained = {name for name, text in zip(names, instructions(suite)) if text in entry["instructions"]}
-    wanted = list(config.task_ids) or [t for t, name in enumerate(names) if name in trained] or list(range(len(names)))
-    if wrong := [task for task in wanted if not 0 <= task < len(names)]:
-        raise ValueError(f"task_ids {wrong} are not in {suite}, which has tasks 0 to {len(names) - 1}")
+    bare = lambda name: re.sub("^[A-Z0-9_]+_(?=[a-z])", "", name)  # noqa: E731  without the scene that variants put first
+    same = [task for task, name in enumerate(names) if name in trained]
+    alike = [task for task, name in enumerate(names) if bare(name) in set(map(bare, trained))]
+    return same or alike or list(range(len(names)))
+
+
+def check_tasks(wanted, suite, whole):
+    """These tasks as a list. Raises ValueError when the suite does not have one, or its files (those of `whole`)."""
+    count = len(tasks(suite))
+    if wrong := [task for task in wanted if not 0 <= task < count]:
+        raise ValueError(f"task_ids {wrong} are not in {suite}, which has tasks 0 to {count - 1}")
     if lacking := [task for task in wanted if task not in whole]:
         raise ValueError(
             f"the package lacks starts or models of {suite} {lacking}; choose others with --task-ids: {whole}"
         )
-    return wanted
+    return list(wanted)
 
 
-def another(texts, task, chosen):
-    """The instruction of the next task, in turn, that has another one: of the chosen tasks if there is, else of all."""
-    for candidates in (chosen, range(len(texts))):
+def another(texts, task, usual):
+    """The instruction of the next task, in turn, that has another one: of the usual tasks if there is, else of all."""
+    for candidates in (usual, range(len(texts))):
         if others := [t for t in candidates if texts[t] != texts[task]]:
             return texts[next((t for t in others if t > task), others[0])]
     raise ValueError(f"swap_instruction: all tasks of the suite have the instruction {texts[task]!r}")
@@ -249,7 +261,8 @@ def with_videos(episodes, video, folder):
     most = int(video) if video.isdigit() else math.inf if video else 0
     if most:
         folder.mkdir(parents=True, exist_ok=True)
-    path = lambda e: str(folder.resolve() / f"{e.suite}-task{e.task}-seed{e.seed}.mp4")  # noqa: E731
+    kind = lambda e: f"{e.suite}-task{e.task}" + (f"-widen{e.widen:g}" if e.widen else "")  # noqa: E731
+    path = lambda e: str(folder.resolve() / f"{kind(e)}-seed{e.seed}.mp4")  # noqa: E731
     return [replace(e, video=path(e), film=video) if e.trial < most else e for e in episodes]
 
 
@@ -308,12 +321,11 @@ class Seat:
     process: Process = field(default_factory=Process)
     task: tuple | None = None  # (suite, task) that its simulator is, or will be, open for
     episode: Episode | None = None
-    opening: bool = True
     started: float = 0.0
     heard: float = field(default_factory=time.monotonic)  # when it last had something to do or to say
 
     def begin(self, episode):
-        self.task, self.episode, self.opening = (episode.suite, episode.task), episode, True
+        self.task, self.episode = (episode.suite, episode.task), episode
         self.started = self.heard = time.monotonic()
         with contextlib.suppress(OSError):  # a process that died meanwhile is noticed when it is listened to
             self.process.play(episode)
@@ -352,15 +364,26 @@ def play_all(episodes, answer, finish, envs, watchdog):
     """Plays all episodes on `envs` simulator processes.
 
     answer(looks) -> actions of each, see `batched`. finish(episode, result) is called as each one ends; a result has
-    success (None for an error), steps, reason, seconds, spent. Nobody waits for anybody but the policy. A simulator
-    that dies, raises or is silent for `watchdog` seconds is replaced and its episode played again, TRIES times in all.
-    Raises RuntimeError when a task cannot be opened.
+    success (None for an error), steps, reason, tries, seconds, spent. Nobody waits for anybody but the policy. A
+    simulator that dies, raises or is silent for `watchdog` seconds is replaced, its episode played TRIES times in all.
+    Raises RuntimeError when the very first task cannot be opened, or when an episode makes no sense.
     """
-    schedule, tries, unopened = Schedule(episodes), Counter(), 0
+    schedule, tries, unopened = Schedule(episodes), Counter(), 0  # unopened: None as soon as one is open
     seats = [Seat() for _ in range(min(envs, len(episodes)))]
 
     def end(seat, **result):
-        finish(seat.episode, result | {"seconds": round(time.monotonic() - seat.started, 2)})
+        took = round(time.monotonic() - seat.started, 2)
+        finish(seat.episode, result | {"tries": tries[seat.episode] + 1, "seconds": took})
+        seat.episode = None
+
+    def fail(seat, why):
+        """Puts the episode back, or gives it up."""
+        name = f"{seat.episode.suite} task {seat.episode.task} seed {seat.episode.seed}"
+        tqdm.write(f"{name}: {why} (try {tries[seat.episode] + 1} of {TRIES})", file=sys.stderr)
+        if tries[seat.episode] + 1 == TRIES:
+            return end(seat, success=None, steps=0, reason=f"error: {why}", spent={})
+        tries[seat.episode] += 1
+        schedule.again(seat.episode)
         seat.episode = None
 
     try:
@@ -374,28 +397,20 @@ def play_all(episodes, answer, finish, envs, watchdog):
             looking = []
             for seat, kind, content in events(busy, watchdog):
                 if kind == "open":
-                    seat.opening, unopened = False, 0
+                    unopened = None
                 elif kind == "look":
                     looking.append((seat, (seat.episode.told, *content)))
                 elif kind == "done":
                     end(seat, reason="success" if content["success"] else "step limit", **content)
-                elif kind == "fatal":
-                    raise RuntimeError(f"{seat.episode.suite} task {seat.episode.task} cannot be opened: {content}")
-                elif kind in ("failed", "died"):
-                    unopened += seat.opening
+                elif kind == "refused" or kind == "unopened" and unopened is not None:
+                    raise RuntimeError(f"{seat.episode.suite} task {seat.episode.task} cannot be played: {content}")
+                elif kind in ("unopened", "failed", "died"):
+                    unopened = None if unopened is None else unopened + 1
                     if unopened == TRIES:
-                        raise RuntimeError(
-                            f"{TRIES} simulators in a row did not open {seat.episode.suite} task {seat.episode.task}; "
-                            f"the last: {content}. Their messages are above."
-                        )
-                    if kind == "died":
+                        raise RuntimeError(f"{TRIES} simulators died before one was open; the last: {content}")
+                    fail(seat, content)
+                    if kind != "failed":
                         seat.renew()
-                    tries[seat.episode] += 1
-                    if tries[seat.episode] == TRIES:
-                        end(seat, success=None, steps=0, reason=f"error: {content}", spent={})
-                    else:
-                        schedule.again(seat.episode)
-                        seat.episode = None
             if looking:
                 for (seat, _), actions in zip(looking, answer([look for _, look in looking])):
                     seat.answer(actions)
@@ -424,6 +439,8 @@ class Results:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another evaluation is writing {path}; wait for it, or choose another --out") from None
+        if os.fstat(self.file.fileno()).st_ino != path.stat().st_ino:
+            raise RuntimeError(f"another evaluation has just finished {path}; start again")
         self.about = {"settings": settings, "versions": versions() | {"torch": torch.__version__}, "commit": commit()}
         self.rows = read_rows(path)
         for row in self.rows:
@@ -475,7 +492,7 @@ def read_rows(path):
 def make_row(episode, result):
     """An episode's line, without what all lines share."""
     about = ("suite", "task", "instruction", "told", "trial", "seed", "widen")
-    found = ("success", "steps", "reason", "seconds", "spent")
+    found = ("success", "steps", "reason", "tries", "seconds", "spent")
     return {name: getattr(episode, name) for name in about} | {name: result[name] for name in found}
 
 
@@ -565,7 +582,7 @@ def contact_sheets(folder):
         return np.concatenate([cv2.resize(f, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for f in chosen], 1)
 
     groups = {}
-    finished = [path for path in folder.glob("*-seed*.mp4") if path.stem.rsplit("seed", 1)[1].isdigit()]
+    finished = [path for path in folder.glob("*-seed*.mp4") if path.stem.rsplit("seed", 1)[1].isdigit()]  # not partial
     for path in sorted(finished, key=lambda p: int(p.stem.rsplit("seed", 1)[1])):
         groups.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(path)
     for task, paths in groups.items():
@@ -586,24 +603,30 @@ def load_results(path):
     return str(path), rows
 
 
-def pair(first, second):
-    """Outcomes of the trials that both have, without errors: two lists of bool."""
-    a, b = ({key(row): row["success"] for row in rows if row["success"] is not None} for rows in (first, second))
-    both = sorted(a.keys() & b.keys())
-    return [a[trial] for trial in both], [b[trial] for trial in both]
+def common_trials(names, results):
+    """The results' rows of the trials that all of them have, without those that were an error in one; says so if fewer.
+
+    Raises ValueError when there is none.
+    """
+    played = [{key(row): row for row in rows if row["success"] is not None} for rows in results]
+    shared = sorted(set.intersection(*map(set, played)))
+    if not shared:
+        raise ValueError(f"{', '.join(names)} are results of different starts; they cannot be paired")
+    counts = [len(rows) for rows in results]
+    if set(counts) != {len(shared)}:
+        print(f"compared on the {len(shared)} trials that all have; they have {', '.join(map(str, counts))}\n")
+    return [[found[trial] for trial in shared] for found in played]
 
 
 def compare(paths):
     """Prints results side by side: success, difference to the first paired by trial, McNemar's test; draws a chart.
 
-    Raises ValueError when a result has no trial in common with the first.
+    Raises ValueError when the results have no trial in common.
     """
     names, results = zip(*map(load_results, paths))
-    for name, rows in zip(names[1:], results[1:]):
-        if not pair(results[0], rows)[0]:
-            raise ValueError(f"{name} and {names[0]} are results of different starts; they cannot be paired")
+    results = common_trials(names, results)
     if len({json.dumps(row["versions"]) for rows in results for row in rows}) > 1:
-        print("NOTE: these results come from different versions of the simulator or of torch")
+        print("NOTE: these results come from different versions of the simulator or of torch\n")
     letters = [chr(ord("A") + number) for number in range(len(names))]
     for letter, name in zip(letters, names):
         print(f"{letter}  {name}")
@@ -626,14 +649,13 @@ def beside(first, rows):
     """Success of some rows in words and, unless they are the first themselves, the difference to those."""
     found = tally(rows)
     low, high = found["ci95"]
-    rate = f"{100 * found['success_rate']:5.1f} %" if found["episodes"] else "   -   "
-    words = f"{found['successes']:3d}/{found['episodes']:<3d} {rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
-    a, b = pair(first, rows)
-    if rows is first or not a:
+    rate = f"{found['successes']:3d}/{found['episodes']:<3d} {100 * found['success_rate']:5.1f} %"
+    words = f"{rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
+    if rows is first:
         return words
+    a, b = ([row["success"] for row in part] for part in (first, rows))
     difference, low, high = (100 * x for x in paired_difference(a, b))
-    words += f"   minus A: {difference:+6.1f} ({low:+.1f} to {high:+.1f}), p = {mcnemar(a, b):.2g}"
-    return words + (f", {len(a)} pairs" if {len(first), len(rows)} != {len(a)} else "")
+    return words + f"   minus A: {difference:+6.1f} ({low:+.1f} to {high:+.1f}), p = {mcnemar(a, b):.2g}"
 
 
 def draw_chart(names, lines, path):
@@ -647,7 +669,7 @@ def draw_chart(names, lines, path):
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         found = [tally(parts[number]) for _, parts in lines]
-        rates = np.array([100 * (row["success_rate"] or 0) for row in found])
+        rates = np.array([100 * row["success_rate"] for row in found])
         ends = 100 * np.array([row["ci95"] for row in found]).T
         at = np.arange(len(lines)) + (number - (len(names) - 1) / 2) * width
         axes.bar(at, rates, width, label=name, yerr=np.clip([rates - ends[0], ends[1] - rates], 0, None), capsize=3)
@@ -663,33 +685,48 @@ def draw_chart(names, lines, path):
 
 
 def run_all(config, episodes, answer, results):
-    """Plays what the results lack, one row each, with a progress bar."""
-    played = set(map(key, results.rows))
-    left = [e for e in episodes if (e.suite, e.task, e.seed, e.widen) not in played]
-    envs = config.envs or min(16, len(os.sched_getaffinity(0)))
-    if len(left) < len(episodes):
-        print(f"{len(episodes) - len(left)} of {len(episodes)} episodes are in {results.path} already")
-    with tqdm(total=len(episodes), initial=len(episodes) - len(left), unit="episode", smoothing=0) as bar:
+    """Plays what the results lack, one row each, with a progress bar. What only lacks its film is filmed."""
+    played = {key(row): row for row in results.rows}
+    known = [e for e in episodes if key(vars(e)) in played]
+    unseen = [e for e in known if e.video and not Path(e.video).exists()]
+    unseen = [e for e in unseen if e.film != "failures" or played[key(vars(e))]["success"] is False]
+    if known:
+        films = f", of which {len(unseen)} are to be filmed" if unseen else ""
+        print(f"{len(known)} of {len(episodes)} episodes are in {results.path} already{films}")
+    rows = [played[key(vars(e))] for e in known]
+    todo = [e for e in episodes if key(vars(e)) not in played] + unseen
+    with tqdm(total=len(rows) + len(todo), initial=len(rows), unit="episode", smoothing=0) as bar:
 
         def finish(episode, result):
-            results.add(make_row(episode, result))
-            found = tally(results.rows)
+            if key(vars(episode)) not in played:
+                rows.append(make_row(episode, result))
+                results.add(rows[-1])
+            found = tally(rows)
             errors = f", {found['errors']} errors" if found["errors"] else ""
             bar.set_postfix_str(f"success {found['successes']}/{found['episodes']}{errors}")
             bar.update()
 
         try:
-            play_all(left, answer, finish, envs, config.watchdog)
+            play_all(todo, answer, finish, config.envs or min(16, len(os.sched_getaffinity(0))), config.watchdog)
         finally:
             results.close()
 
 
-def report(config, results, entry, **about):
-    """Writes the summary beside the rows, prints it and returns it."""
-    summary = summarise(results.rows, entry) | results.about | {"command": sys.argv} | about
-    write_json(results.path.with_suffix(".json"), summary)
+def report(episodes, results, entry, **about):
+    """Writes the summary of these episodes beside the rows, prints it and returns it."""
+    asked = {key(vars(episode)) for episode in episodes}
+    rows = [row for row in results.rows if key(row) in asked]
+    about |= {name: results.about[name] for name in ("settings", "versions")}
+    about |= {"command": sys.argv, "commits": sorted({row["commit"] for row in rows})}
+    summary = summarise(rows, entry) | about
+    path = results.path.with_suffix(".json")
+    write_json(path, summary)
     print_table(summary)
-    print(f"\nresult: {results.path.with_suffix('.json')}\nepisodes: {results.path}")
+    for row in rows:
+        if row["success"] is None:
+            print(f"{row['suite']} task {row['task']} seed {row['seed']}: {row['reason']}")
+    others = f" ({len(results.rows) - len(rows)} others are in it)" if len(results.rows) > len(rows) else ""
+    print(f"\nresult: {path}\nepisodes: {results.path}{others}")
     return summary
 
 
@@ -698,13 +735,16 @@ def evaluate(config, policy):
     check_policy(policy)
     path = result_path(config)
     episodes = with_videos(shard(plan(config, policy), config.shard), config.video, path.with_suffix(""))
+    for (suite,), part in by(map(vars, episodes), "suite").items():
+        print(f"{suite}: tasks {', '.join(str(task) for (task,) in by(part, 'task'))} of {len(tasks(suite))}")
     policy.make_room({episode.told for episode in episodes})
     with open(Path(config.run) / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    settings = {"model": weights, "data": policy.name, "policy_batch": config.policy_batch}
+    settings = {"model": weights, "data": policy.name, "device": policy.device, "policy_batch": config.policy_batch}
+    settings |= {"text_length": policy.vla.spec.text_length}  # longer instructions change others' answers by rounding
     results = Results(path, settings | {control: getattr(config, control) for control in CONTROLS})
     run_all(config, episodes, batched(policy, config.policy_batch), results)
-    summary = report(config, results, policy.entry, run=config.run, variant=policy.config["train"]["variant"])
+    summary = report(episodes, results, policy.entry, run=config.run, variant=policy.config["train"]["variant"])
     if config.video:
         contact_sheets(path.with_suffix(""))
         print(f"videos: {path.with_suffix('')}")
@@ -712,29 +752,39 @@ def evaluate(config, policy):
 
 
 def replay(config):
-    """Plays a data set's recorded actions; returns the summary."""
+    """Plays a data set's recorded actions anew; returns the summary. Exits with status 1 when under 95 % succeed."""
     index = open_index(config.replay, config.cache)
     stats = Policy(config.run, config.data).stats if config.run else statistics(index)
     episodes = shard(plan_replay(config, index, stats["action"]), config.shard)
-    path = config.out or index.cache / f"replay-{statistics_hash(stats)}.jsonl"
-    episodes = with_videos(episodes, config.video, path.with_suffix(""))
+    path = config.out or index.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
+    path.unlink(missing_ok=True)
     results = Results(path, {"replay": index.fingerprint, "statistics": statistics_hash(stats)})
     run_all(config, episodes, None, results)
-    summary = report(config, results, {}, replay=str(config.replay), run=config.run)
+    summary = report(episodes, results, {}, replay=str(config.replay), run=config.run)
     if failed := [row for row in results.rows if not row["success"]]:
         print("not successful: " + "; ".join(f"{row['suite']} task {row['task']} seed {row['seed']}" for row in failed))
+    if len(failed) > 0.05 * len(results.rows):
+        sys.exit("data, statistics and simulator do not agree: at least 95 % should succeed")
+    print("data, statistics and simulator agree")
     return summary
 
 
 def check(config):
-    """Refuses what cannot work before anything is opened."""
-    for name, low in (("trials", 1), ("policy_batch", 1), ("envs", 0), ("seed", 0)):
-        if getattr(config, name) < low:
+    """Refuses what cannot work, and options that would be ignored, before anything is opened."""
+    for name, low in (("trials", 1), ("policy_batch", 1), ("envs", 0), ("seed", 0), ("widen", 0), ("watchdog", 1)):
+        if getattr(config, name) is not None and getattr(config, name) < low:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
     if config.mute and config.swap_instruction:
         raise ValueError("mute and swap_instruction exclude each other")
     if not (config.run or config.compare or config.replay):
         raise ValueError("say which run to evaluate: python eval.py runs/NAME")
+    used = {f.name for f in fields(config)}
+    if config.compare:
+        used = {"compare"}
+    elif config.replay:
+        used = {"replay", "run", "data", "cache", "shard", "envs", "watchdog", "out", "any_mujoco"}
+    if ignored := [f.name for f in fields(config) if f.name not in used and getattr(config, f.name) != f.default]:
+        raise ValueError(f"{', '.join(ignored)} cannot be used with {'compare' if config.compare else 'replay'}")
 
 
 def main(config):

