@@ -675,7 +675,7 @@ def draw_chart(names, lines, path):
         axes.bar(at, rates, width, label=name, yerr=np.clip([rates - ends[0], ends[1] - rates], 0, None), capsize=3)
     axes.set_xticks(range(len(lines)), [textwrap.fill(text, 18) for text, _ in lines], fontsize=8)
     axes.set(ylabel="success, % (95 % Wilson interval)", ylim=(0, 105))
-    figure.legend(loc="outside upper left", fontsize=8)
+    figure.legend(loc="outside upper left", fontsize=8, ncols=2)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
