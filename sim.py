@@ -224,7 +224,7 @@ class Sim:
             world.initialize_time(world.control_freq)
             context = old._render_context_offscreen
             context.sim, context.model, context.data = world.sim, world.sim.model, world.sim.data
-            world.sim.forward()                 # as often as in a full reset: it warm-starts the solver
+            world.sim.forward()                 # as often as in a full reset
             world.sim.add_render_context(context)
             del old.model, old.data             # 60 MB, which wait for the garbage collector otherwise
         world._initialize_sim, world._destroy_sim = take_copy, lambda: None
