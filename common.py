@@ -135,12 +135,17 @@ def plain(config):
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def write_json(path, content):
+def write_text(path, text):
     """Writes under a temporary name, then renames: a reader sees the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_json(path, content):
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def save_tensors(path, tensors, **info):

@@ -38,7 +38,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import commit, start_ranks, write_json
+from common import commit, start_ranks, write_json, write_text
 from data import CACHE, normalise, open_index, standardise, statistics, statistics_hash, to_robosuite, unnormalise
 from model import Policy
 from sim import CAMERAS, TRIALS, Episode, Process, instructions, step_limit, suites, tasks, versions
@@ -459,9 +459,7 @@ class Results:
     def close(self):
         """Sorts the file by trial: it does not tell in which order, or in how many goes, the episodes were played."""
         self.rows.sort(key=key)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file.close()
 
 
@@ -549,6 +547,13 @@ def summarise(rows, entry):
     return {"suites": found, "mean_of_suites": sum(rates) / len(rates) if rates else None}
 
 
+def in_words(found):
+    """Successes, success rate and interval of a `tally`."""
+    low, high = found["ci95"]
+    rate = f"{100 * found['success_rate']:5.1f} %" if found["episodes"] else "   -   "
+    return f"{found['successes']:3d}/{found['episodes']:<3d} {rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
+
+
 def print_table(summary):
     """Success per task and suite with intervals; the expert where it is known; errors where there are any."""
     for suite in summary["suites"]:
@@ -557,9 +562,7 @@ def print_table(summary):
         print(f"\n{suite['suite']}" + (f", starts widened by {suite['widen']:g} m" if suite["widen"] else ""))
         print(f"{'':{width}}  success          95 % interval" + "    expert" * bool(suite["expert_episodes"]))
         for line in lines:
-            low, high = line["ci95"]
-            rate = f"{100 * line['success_rate']:5.1f} %" if line["episodes"] else "   -   "
-            shown = f"{line['successes']:3d}/{line['episodes']:<3d} {rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
+            shown = in_words(line)
             if line["expert_episodes"]:
                 shown += f"  {line['expert_successes']}/{line['expert_episodes']}"
             if line["errors"]:
@@ -647,10 +650,7 @@ def compare(paths):
 
 def beside(first, rows):
     """Success of some rows in words and, unless they are the first themselves, the difference to those."""
-    found = tally(rows)
-    low, high = found["ci95"]
-    rate = f"{found['successes']:3d}/{found['episodes']:<3d} {100 * found['success_rate']:5.1f} %"
-    words = f"{rate}  {100 * low:5.1f} to {100 * high:5.1f} %"
+    words = in_words(tally(rows))
     if rows is first:
         return words
     a, b = ([row["success"] for row in part] for part in (first, rows))
@@ -756,8 +756,9 @@ def replay(config):
     index = open_index(config.replay, config.cache)
     stats = Policy(config.run, config.data).stats if config.run else statistics(index)
     episodes = shard(plan_replay(config, index, stats["action"]), config.shard)
-    path = config.out or index.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
-    path.unlink(missing_ok=True)
+    path = index.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
+    path.unlink(missing_ok=True)  # the simulator may have changed since
+    path = config.out or path
     results = Results(path, {"replay": index.fingerprint, "statistics": statistics_hash(stats)})
     run_all(config, episodes, None, results)
     summary = report(episodes, results, {}, replay=str(config.replay), run=config.run)

@@ -725,6 +725,15 @@ def test_replay_goes_through_the_action_path(index):
     )
 
 
+def test_replay_leaves_other_results_alone(rlds, cache, tmp_path):
+    """A file that the user names is never deleted: results of something else are refused as ever."""
+    path = write(tmp_path / "eval.jsonl", [row(0, True)])
+    before = path.read_text()
+    with pytest.raises(ValueError, match="eval.jsonl has other results"):
+        evaluation.replay(evaluation.Config(replay=rlds, cache=cache, out=path))
+    assert path.read_text() == before
+
+
 def test_data_without_starts_cannot_be_replayed(index):
     """The released data does not hold them, and that is said."""
     bare = SimpleNamespace(metadata={"file_path": ["x"]})
