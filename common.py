@@ -67,6 +67,33 @@ def all_mean(tensor):
     return all_sum(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
+def broadcast(tensor):
+    """The first process's `tensor`, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def barrier():
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def to_device(batch, device):
+    """Moves a batch's tensors; lists of tensors too. Words stay."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(value, device) for value in batch]
+    return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
+
+
+def autocast(device):
+    """The precision of everything large: bf16 on a GPU, f32 on a CPU. Weights, losses and codebooks stay f32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def print0(*words, **options):
     """print, on the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -107,11 +134,12 @@ def learning_rate(step, steps, peak, schedule, warmup_ratio=0.0, decay_every=10_
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW groups over the trainable parameters: matrices decay; vectors (norms, biases, gates) and queries do not."""
+    """AdamW groups over the trainable parameters: matrices decay; vectors, queries and codebooks do not."""
     decayed, plain = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or "queries" in name else decayed).append(parameter)
+            free = parameter.ndim < 2 or "queries" in name or "codebook" in name
+            (plain if free else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
@@ -174,11 +202,15 @@ def trainable_tensors(module):
 
 
 def load_trainable(module, tensors, source):
-    """Puts back what `trainable_tensors` returned.
+    """Puts back what `trainable_tensors` returned; raises as `load_tensors_into`."""
+    load_tensors_into(module, trainable_tensors(module), tensors, source)
+
+
+def load_tensors_into(module, expected, tensors, source):
+    """Loads `tensors` into `module`, which must be those of `expected` (a part of its state) by name and shape.
 
     Raises ValueError listing what is missing, unknown or of another shape.
     """
-    expected = trainable_tensors(module)
     wrong = [f"missing {n}" for n in expected.keys() - tensors.keys()] + [
         f"unknown {n}" for n in tensors.keys() - expected.keys()
     ]
@@ -209,6 +241,55 @@ def load_optimizer(optimizer, tensors):
         _, number, name = key.split(".")
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_training(run, module, optimizer, step):
+    """training.safetensors: all that continuing after `step` steps needs."""
+    tensors = trainable_tensors(module) | optimizer_tensors(optimizer)
+    save_tensors(Path(run) / "training.safetensors", tensors, step=step)
+
+
+def restore_training(run, module, optimizer):
+    """The number of steps done by the run that `save_training` wrote; puts its weights and optimizer back."""
+    path = Path(run) / "training.safetensors"
+    tensors, info = load_tensors(path)
+    moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    load_trainable(module, tensors, path)
+    load_optimizer(optimizer, moments)
+    return int(info["step"])
+
+
+def prepare_run(run, resume, main, description, key, free):
+    """Creates the folder of a run with its config.json, or checks that a run to be resumed had the same settings.
+
+    description: what config.json is to hold: the settings under `key`, of which `free` may differ, and lists "data" and
+    "targets" of entries with a fingerprint. Returns whether there is something to resume. Raises ValueError naming
+    what differs.
+    """
+    run = Path(run)
+    if resume and (run / "training.safetensors").exists():
+        before = json.loads((run / "config.json").read_text())
+        changed = {
+            k: (before[key].get(k), v)
+            for k, v in description[key].items()
+            if before[key].get(k) != v and k not in free
+        }
+        for name in ("data", "targets"):
+            ours, theirs = ([entry["fingerprint"] for entry in d[name]] for d in (description, before))
+            changed |= {} if ours == theirs else {f"contents of the {name}": (theirs, ours)}
+        if changed:
+            raise ValueError(
+                f"{run} was trained with other settings: "
+                + ", ".join(f"{k} {a} (now {b})" for k, (a, b) in changed.items())
+            )
+        return True
+    if main:
+        config = run / "config.json"
+        unfinished = resume and config.exists() and not (run / "model.safetensors").exists()
+        ours = unfinished and key in json.loads(config.read_text())
+        run.mkdir(exist_ok=True) if ours else new_directory(run)
+        write_json(config, description)
+    return False
 
 
 class Log:

@@ -274,7 +274,8 @@ def _scan(shards, features, salt):
                 lengths.append(_append_episode(example, features, payload, number, offset, images, columns, metadata))
             except (ValueError, KeyError, IndexError) as error:
                 raise ValueError(f"{path}: record at byte {offset - 12}: {error}") from error
-            start, length = example["steps/language_instruction"][0]
+            texts = example.get("steps/language_instruction")
+            start, length = texts[0] if texts else (0, 0)
             instructions.append(payload[start : start + length].decode())
     if not lengths:
         raise ValueError(f"{shards[0].parent}: no episode in {len(shards)} shards")
@@ -290,7 +291,8 @@ def _scan(shards, features, salt):
 
 def _append_episode(example, features, payload, shard, offset, images, columns, metadata):
     """Sorts one parsed episode into the growing lists; returns its number of steps."""
-    steps = len(example["steps/language_instruction"])
+    listed = (name for name, (kind, *_) in features.items() if kind != "tensor" and name.startswith("steps/"))
+    steps = len(example[next(listed)])  # texts and images are one entry a step
     for name, (kind, dtype, shape) in features.items():
         value, short = example[name], name.rsplit("/", 1)[-1]
         if name.startswith("episode_metadata/"):
@@ -355,11 +357,30 @@ def to_robosuite(action):
 
 
 def statistics(index):
-    """{"action": {...}, "proprio": {...}, "num_transitions", "num_trajectories"} over all steps in OpenVLA's layout."""
-    action, proprio = standardise(index.columns["action"]), index.columns["state"]
-    result = {"action": _moments(action), "proprio": _moments(proprio)}
-    result["action"]["mask"] = [True] * (action.shape[1] - 1) + [False]  # the gripper passes through unchanged
+    """{"action": {...}, "proprio": {...}, "num_transitions", "num_trajectories"} over all steps in OpenVLA's layout.
+
+    Video without actions or states lacks these entries. Raises ValueError where one of them is not a finite number.
+    """
+    columns = {ours: index.columns[name] for ours, name in (("action", "action"), ("proprio", "state"))
+               if name in index.columns}  # fmt: skip
+    result = {}
+    for name, column in columns.items():
+        _check_finite(index, name, column)
+        result[name] = _moments(standardise(column) if name == "action" else column)
+    if "action" in result:  # the gripper passes through unchanged
+        result["action"]["mask"] = [True] * (columns["action"].shape[1] - 1) + [False]
     return result | {"num_transitions": len(index), "num_trajectories": len(index.starts) - 1}
+
+
+def _check_finite(index, name, column):
+    wrong = np.argwhere(~np.isfinite(column))
+    if len(wrong):
+        step, dimension = wrong[0].tolist()
+        episode = int(np.searchsorted(index.starts, step, "right")) - 1
+        raise ValueError(
+            f"{name} of {index.name} is {column[step, dimension]} at step {step - index.starts[episode]} of episode "
+            f"{episode}, dimension {dimension} ({len(wrong)} such values). Repair or remove these episodes."
+        )
 
 
 def statistics_hash(stats):
@@ -465,27 +486,17 @@ def load_labels(index, path, delta=0):
 # Samples and batches
 
 
-class Chunks(torch.utils.data.Dataset):
-    """An endless, globally shuffled stream of training samples over one or more data sets.
+class Steps(torch.utils.data.Dataset):
+    """An endless, globally shuffled stream of the steps of one or more data sets.
 
-    `self[p]` is sample number p, a pure function of (seed, p): epoch p // len(epoch) is a fresh permutation. A weight
-    w lets a data set occur w times per epoch (a fraction: a random part of it). Each item holds
-
-        images      list of u8 [h, w, 3], one per camera      proprio  f32 [N] normalised
-        actions     f32 [H, A] normalised                      valid    bool [H], False past the end of the episode
-        text        str, the instruction                       draws    f32 [C, 6] in [0, 1): what augmentation uses
-        codes       i64 [H, P] and vectors f32 [H, P, d], when labels are given
+    Draw number p is a pure function of (seed, p): epoch p // epoch_length is a fresh permutation. A weight w lets a
+    data set occur w times per epoch (a fraction: a random part of it).
     """
 
-    def __init__(self, indices, stats, cameras, chunk, seed=0, labels=None, weights=None, episodes=None):
-        """stats: one `statistics` per index; episodes: per index the episodes to use (default: all)."""
-        self.indices, self.stats, self.labels = indices, stats, labels
-        self.cameras, self.chunk, self.seed = cameras, chunk, seed
-        _check_same_sizes(indices, cameras)
+    def __init__(self, indices, seed=0, weights=None, episodes=None):
+        """episodes: per index the episodes to use (default: all)."""
+        self.indices, self.seed, self.weights = indices, seed, weights or [1.0] * len(indices)
         self.steps = [steps_of(index, chosen) for index, chosen in zip(indices, episodes or [None] * len(indices))]
-        self.weights = weights or [1.0] * len(indices)
-        self.actions = [normalise(standardise(i.columns["action"]), s["action"]) for i, s in zip(indices, stats)]
-        self.proprio = [normalise(i.columns["state"], s["proprio"]) for i, s in zip(indices, stats)]
         self.epoch_length = sum(round(w * len(s)) for w, s in zip(self.weights, self.steps))
         self._order = functools.lru_cache(2)(self._order)
 
@@ -504,18 +515,34 @@ class Chunks(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         epoch, row = divmod(position, self.epoch_length)
-        number, step = (int(n) for n in self._order(epoch)[row])
+        return self.sample(*(int(n) for n in self._order(epoch)[row]))
+
+
+class Chunks(Steps):
+    """The training samples of a policy. Each item holds
+
+    images      list of u8 [h, w, 3], one per camera      proprio  f32 [N] normalised
+    actions     f32 [H, A] normalised                      valid    bool [H], False past the end of the episode
+    text        str, the instruction                       draws    f32 [C, 6] in [0, 1): what augmentation uses
+    codes       i64 [H, P] and vectors f32 [H, P, d], when labels are given
+    """
+
+    def __init__(self, indices, stats, cameras, chunk, seed=0, labels=None, weights=None, episodes=None):
+        """stats: one `statistics` per index; labels: None, or one `Labels` per index; the rest as for `Steps`."""
+        super().__init__(indices, seed, weights, episodes)
+        self.stats, self.labels, self.cameras, self.chunk = stats, labels, cameras, chunk
+        _check_same_sizes(indices, cameras)
+        self.actions = [normalise(standardise(i.columns["action"]), s["action"]) for i, s in zip(indices, stats)]
+        self.proprio = [normalise(i.columns["state"], s["proprio"]) for i, s in zip(indices, stats)]
+
+    def __getitem__(self, position):
         draws = np.random.default_rng([self.seed, 1, position]).random((len(self.cameras), 6), np.float32)
-        return self.sample(number, step) | {"draws": torch.from_numpy(draws)}
+        return super().__getitem__(position) | {"draws": torch.from_numpy(draws)}
 
     def sample(self, number, step):
         """The sample at `step` of data set `number`, without augmentation draws."""
         index = self.indices[number]
-        end = int(index.starts[np.searchsorted(index.starts, step, "right")])
-        rows = np.minimum(np.arange(step, step + self.chunk), end - 1)
-        valid = np.arange(step, step + self.chunk) < end
-        actions = self.actions[number][rows]
-        actions[~valid, :-1] = 0.0  # past the end: no motion, gripper held; masked in every loss
+        actions, valid, rows = action_chunk(self.actions[number], index.starts, step, self.chunk)
         item = {
             "images": [torch.from_numpy(index.image(camera, step).copy()) for camera in self.cameras],
             "proprio": torch.from_numpy(self.proprio[number][step]),
@@ -528,6 +555,18 @@ class Chunks(torch.utils.data.Dataset):
             item["codes"] = torch.from_numpy(labels.codes[rows].astype(np.int64))  # [H, P]
             item["vectors"] = torch.from_numpy(labels.vectors[rows].astype(np.float32))  # [H, P, d]
         return item
+
+
+def action_chunk(actions, starts, step, chunk):
+    """The chunk that begins at `step`, of actions f32 [S, A]: actions f32 [H, A], valid bool [H], rows i64 [H].
+
+    Steps past the end of the episode are not valid: no motion, the gripper as it was last; rows stay on the last step.
+    """
+    end, steps = int(starts[np.searchsorted(starts, step, "right")]), np.arange(step, step + chunk)
+    rows, valid = np.minimum(steps, end - 1), steps < end
+    found = actions[rows]
+    found[~valid, :-1] = 0.0
+    return found, valid, rows
 
 
 def steps_of(index, episodes):

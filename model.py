@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from common import load_tensors, load_trainable
+from common import autocast, load_tensors, load_trainable
 from data import normalise, prepare_images, statistics_hash, unnormalise
 
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
@@ -507,9 +507,8 @@ class VLA(nn.Module):
 
         On a GPU the backbone runs in bf16; pixels, head and losses stay in f32.
         """
-        device = self.queries.device.type
         images = prepare_images(batch["images"], self.spec.image_size, batch.get("draws"))
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with autocast(self.queries.device):
             states = self.backbone(images, *self.backbone.tokenise(batch["text"]), self.queries)
         layers = [
             (self.backbone.placeholder_states(x), self.backbone.image_states(x)) for x in states[self.first_layer :]

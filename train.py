@@ -36,17 +36,16 @@ from common import (
     all_sum,
     commit,
     learning_rate,
-    load_optimizer,
-    load_tensors,
-    load_trainable,
-    new_directory,
-    optimizer_tensors,
     parameter_groups,
     plain,
+    prepare_run,
     print0,
+    restore_training,
     save_tensors,
+    save_training,
     start_ranks,
     stop_ranks,
+    to_device,
     trainable_tensors,
     write_json,
 )
@@ -304,12 +303,6 @@ def choose_cameras(config, index):
     return list(config.cameras) or [name for name in every if config.use_wrist_image or "wrist" not in name]
 
 
-def to_device(batch, device):
-    """Moves a batch's tensors, images included."""
-    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
-    return {key: [move(v) for v in value] if key == "images" else move(value) for key, value in batch.items()}
-
-
 @torch.no_grad()
 def add_action_codes(batch, tokenizer):
     """la_tok's targets: the action tokenizer's codes i64 [B, H, 1] and vectors f32 [B, H, 1, d] of the true chunk."""
@@ -336,52 +329,9 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
 
 
 def save(run, vla, optimizer, step):
-    """Weights for evaluation, and one file with all that continuing after `step` steps needs."""
-    weights = trainable_tensors(vla)
-    save_tensors(run / "training.safetensors", weights | optimizer_tensors(optimizer), step=step)
-    save_tensors(run / "model.safetensors", weights, step=step)
-
-
-def restore(run, vla, optimizer):
-    """The number of steps done by the run that `save` wrote; puts its weights and optimizer back."""
-    tensors, info = load_tensors(run / "training.safetensors")
-    moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
-    load_trainable(vla, tensors, run / "training.safetensors")
-    load_optimizer(optimizer, moments)
-    return int(info["step"])
-
-
-def prepare_run(config, ranks, description):
-    """Creates the folder with config.json, or checks that a run to be resumed had the same config.
-
-    Returns (folder, resuming).
-    """
-    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume and (run / "training.safetensors").exists():
-        before = json.loads((run / "config.json").read_text())
-        changed = {
-            k: (before["train"].get(k), v)
-            for k, v in description["train"].items()
-            if before["train"].get(k) != v and k not in FREE_TO_CHANGE
-        }
-        for name in ("data", "targets"):
-            ours, theirs = ([entry["fingerprint"] for entry in d[name]] for d in (description, before))
-            changed |= {} if ours == theirs else {f"contents of the {name}": (theirs, ours)}
-        if changed:
-            raise ValueError(
-                f"{run} was trained with other settings: "
-                + ", ".join(f"{k} {a} (now {b})" for k, (a, b) in changed.items())
-            )
-        return run, True
-    if ranks.main:
-        unfinished = config.resume and (run / "config.json").exists() and not (run / "model.safetensors").exists()
-        run.mkdir(exist_ok=True) if unfinished and _is_run(run) else new_directory(run)
-        write_json(run / "config.json", description)
-    return run, False
-
-
-def _is_run(folder):
-    return "train" in json.loads((folder / "config.json").read_text())
+    """What --resume needs, then the weights for evaluation."""
+    save_training(run, vla, optimizer, step)
+    save_tensors(run / "model.safetensors", trainable_tensors(vla), step=step)
 
 
 def write_log(log, pending):
@@ -424,7 +374,8 @@ def setup(config, ranks):
         "commit": commit(),
         "torch": torch.__version__,
     }
-    run, resuming = prepare_run(config, ranks, description)
+    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
+    resuming = prepare_run(run, config.resume, ranks.main, description, "train", FREE_TO_CHANGE)
     if ranks.main:
         write_json(run / "dataset_statistics.json", {index.name: s for index, s in zip(indices, stats)})
     return dataset, held_out, vla, tokenizer.to(ranks.device) if tokenizer else None, run, resuming, description
@@ -435,7 +386,7 @@ def main(config):
     ranks = start_ranks()
     dataset, held_out, vla, tokenizer, run, resuming, description = setup(config, ranks)
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
-    first = restore(run, vla, optimizer) if resuming else 0
+    first = restore_training(run, vla, optimizer) if resuming else 0
     share = config.global_batch_size // ranks.world
     micro = config.per_device_batch_size or share
     accumulation = share // micro

@@ -1,13 +1,20 @@
 """What the tests share, each made once per session: a simulator, small RLDS data sets with labels, a trained run."""
 
+import contextlib
 import io
 import multiprocessing
 import os
+import re
+import runpy
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +23,16 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models gain nothing from more threads
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.replace("\\\n", " ").strip().splitlines()]
 TEXTS = {1: "put the bowl on the stove", 8: "put the bowl on the plate"}  # libero_goal task -> instruction
+
+
+def printed(start):
+    """The README's one command that is this, or begins like this, without the installation; as a list of words."""
+    commands = [line.split(" && ")[-1] for line in COMMANDS]
+    (found,) = [c for c in commands if c == start] or [c for c in commands if c.startswith(start)]
+    return shlex.split(found)
 
 
 @pytest.fixture(scope="session")
@@ -136,17 +152,32 @@ def read_rlds(folder):
     return list(zip(about, (list(e["steps"].as_numpy_iterator()) for e in found)))
 
 
-def write_both(folder):
-    """8 episodes without labels; 4 with labels as in the paper's release; what tensorflow-datasets reads of the 8."""
+def write_video(folder):
+    """An RLDS data set of three episodes, of 9, 1 and 14 frames, without actions, states or instructions."""
+    import tensorflow_datasets as tfds
+
+    views = {"observation": tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(96, 96, 3))})}
+    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(views)})
+    shots = lambda t: {"observation": {"image": io.BytesIO(picture((9, 90, 60), (4 * t, 3 * t), 80))}}  # noqa: E731
+    made = [(f"{n}", {"steps": [shots(t + n) for t in range(length)]}) for n, length in enumerate((9, 1, 14))]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "video", "1.0.0", features, split_datasets={"train": made}, data_dir=folder
+    )
+    return folder / "video"
+
+
+def write_all(folder):
+    """8 episodes without labels; 4 with labels as in the paper's release; what tensorflow-datasets reads of the 8;
+    and video alone."""
     made, released = write_rlds(folder), write_rlds(folder, "released", 4, 1, True)
-    return made, released, read_rlds(made)
+    return made, released, read_rlds(made), write_video(folder)
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """`write_both`, in a process of its own: in one that has loaded TensorFlow, MuJoCo's EGL context crashes."""
+    """`write_all`, in a process of its own: in one that has loaded TensorFlow, MuJoCo's EGL context crashes."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(write_both, tmp_path_factory.mktemp("rlds")).result()
+        return pool.submit(write_all, tmp_path_factory.mktemp("rlds")).result()
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +199,12 @@ def as_tfds_reads(written):
 
 
 @pytest.fixture(scope="session")
+def video(written):
+    """Folder of `write_video`."""
+    return written[3]
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """Where the tests keep indices."""
     return tmp_path_factory.mktemp("cache")
@@ -179,6 +216,42 @@ def index(rlds, cache):
     from data import open_index
 
     return open_index(rlds, cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Demonstrations that the README's command made
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory):
+    """The README's command, for two episodes with small images, killed (kill -9) after attempt 1; attempt 0 had failed.
+    Its config, its words, and the arrays of attempt 1 as they were at its death."""
+    import tyro
+
+    import demos
+
+    small = {"--task-ids": 8, "--episodes": 2, "--trials": 2, "--image-size": 32, "--procs": 1}
+    small["--out"] = tmp_path_factory.mktemp("demos") / "tiny_rlds"
+    words = [sys.executable, *printed("python demos.py")[1:], *(str(word) for pair in small.items() for word in pair)]
+    config = tyro.cli(demos.Config, args=words[2:])
+    demos.resume(config)
+    demos.stage(demos.staging(config) / "8_0.npz", None)
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while not (demos.staging(config) / "8_1.npz").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not config.out.exists()
+    with np.load(demos.staging(config) / "8_1.npz") as arrays:
+        return SimpleNamespace(config=config, words=words, arrays=dict(arrays))
+
+
+@pytest.fixture(scope="session")
+def demonstrations(interrupted):
+    """The same command again: its data set's folder, and what it printed."""
+    done = subprocess.run(interrupted.words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return interrupted.config.out, done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,6 +330,28 @@ def script():
     return run_script
 
 
+def run_script_here(*words):
+    """As `run_script`, but in this process, which has imported torch and transformers already (4 s of CPU time)."""
+    shown = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, words)))
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+    if isinstance(code, str):  # last words
+        return Script(1, shown.getvalue() + code)
+    return Script(code, shown.getvalue())
+
+
+@pytest.fixture(scope="session")
+def script_here():
+    """`run_script_here`."""
+    return run_script_here
+
+
 @dataclass
 class Run:
     """A run that train.py made: the flags it was given, its folder, and what it printed."""
@@ -311,3 +406,35 @@ def checkpoint(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory):
+    """Folder of a small random DINOv2 with registers."""
+    import torch
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    out = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=7, image_size=28)
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory):
+    """Folder of a small random T5 whose tokenizer ends a text as T5's does."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    out = tmp_path_factory.mktemp("t5")
+    words = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", "put", "the", "bowl", "on", "plate", "stove"])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(out)
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=len(words))
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(out)
+    return out

@@ -489,9 +489,9 @@ def test_colours_equal_the_four_operations_one_after_another(u):
 # The command
 
 
-def test_command_prints_what_is_in_the_data(rlds, index, cache, script):
+def test_command_prints_what_is_in_the_data(rlds, index, cache, script_here):
     """Counts, instructions, shapes and statistics as they are, and a picture with a column per episode."""
-    done = script("data.py", rlds, "--cache", cache)
+    done = script_here("data.py", rlds, "--cache", cache)
     assert done.code == 0, done.text
     lengths = np.diff(index.starts)
     assert f"made: 8 episodes, {len(index)} steps ({lengths.min()} to {lengths.max()} an episode)" in done.text

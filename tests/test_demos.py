@@ -2,12 +2,9 @@
 
 import io
 import json
-import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,26 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return demos.Config(
-        task_ids=[8],
-        episodes=2,
-        trials=2,
-        image_size=32,
-        widen=0.06,
-        procs=1,
-        out=tmp_path_factory.mktemp("demos") / "tiny_rlds",
-    )
+def config(interrupted):
+    return interrupted.config
 
 
 @pytest.fixture(scope="module")
-def episode(sim, config):
-    """One real episode of the expert on a widened start."""
-    return demos.record(sim, 90_001, config)
+def episode(interrupted):
+    """One real episode of the expert on a widened start, which the interrupted run recorded."""
+    arrays = interrupted.arrays
+    ends = arrays["image_ends"][:-1]
+    columns = {"image": np.split(arrays["image"], ends), "state": arrays["state"], "action": arrays["action"]}
+    steps = [{name: column[t] for name, column in columns.items()} for t in range(arrays["length"])]
+    return {"seed": int(arrays["seed"]), "state": arrays["start"], "steps": steps}
 
 
 def test_expert_succeeds(episode):
-    assert episode is not None and 20 < len(episode["steps"]) < 120
+    assert episode["seed"] == 90_001 and 20 < len(episode["steps"]) < 120
     gripper = np.array([step["action"][6] for step in episode["steps"]])
     assert set(gripper) == {-1, 1} and gripper[0] == -1  # open on the way, closed while carrying
 
@@ -55,8 +48,8 @@ def test_embedded_episode_replays(sim, cache):
     start, end = index.starts[episode : episode + 2]
     sim.restore(index.metadata["seed"][episode], np.array(index.metadata["state"][episode]))
     for step in range(start, end):
-        assert np.allclose(sim.observe()["state"], index.columns["state"][step], atol=1e-3), step
-        success = sim.step(index.columns["action"][step], look=True)
+        assert np.allclose(sim.proprio(), index.columns["state"][step], atol=1e-3), step
+        success = sim.step(index.columns["action"][step])
     assert success
 
 
@@ -72,29 +65,24 @@ def test_episode_replays_to_success(sim, episode, config):
         assert done == (t == len(steps) - 1)
 
 
-def test_interrupted_run_resumes_and_writes_the_expected_features(episode, config):
+def test_interrupted_run_resumes_and_writes_the_expected_features(demonstrations, episode, config):
     """Attempt 0 failed before, attempt 1 ended before a kill -9: the second run does neither again."""
-    demos.resume(config)
-    demos.stage(demos.staging(config) / "8_0.npz", None)
-    flags = ["--task-ids", 8, "--episodes", 2, "--trials", 2, "--image-size", 32, "--widen", 0.06, "--procs", 1]
-    command = [sys.executable, "demos.py", *map(str, flags), "--out", str(config.out)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as interrupted:
-        while not (demos.staging(config) / "8_1.npz").exists():
-            assert interrupted.poll() is None
-            time.sleep(0.1)
-        os.killpg(interrupted.pid, signal.SIGKILL)
-    assert not config.out.exists()
-    with pytest.raises(ValueError, match="other settings"):
-        demos.main(replace(config, jpeg_quality=50))
-    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert " 1/2 [00:00<?, ?episode/s]" in resumed.stderr
+    folder, text = demonstrations
+    assert " 1/2 [00:00<?, ?episode/s]" in text
     assert not demos.staging(config).exists()
-    note = json.loads((config.out / "expert.json").read_text())
+    note = json.loads((folder / "expert.json").read_text())
     assert note["tasks"]["8"]["attempts"] == 3 and note["tasks"]["8"]["successes"] == 2
     assert [(e["task"], e["seed"], e["widen"]) for e in note["evaluation"]] == [(8, 0, 0.06), (8, 1, 0.06)]
-    check_written(config.out, episode)
+    check_written(folder, episode)
     with pytest.raises(FileExistsError, match="tiny_rlds"):
         demos.main(config)
+
+
+def test_episodes_of_other_settings_are_not_continued(config, tmp_path):
+    begun = replace(config, out=tmp_path / "tiny_rlds")
+    demos.resume(begun)
+    with pytest.raises(ValueError, match="other settings"):
+        demos.main(replace(begun, jpeg_quality=50))
 
 
 READ = """

@@ -361,9 +361,9 @@ def test_batch_that_the_processes_cannot_share(train_config, tmp_path):
         train.check(train_config(tmp_path, global_batch_size=6), 4)
 
 
-def test_unknown_variant(script, rlds, tmp_path):
+def test_unknown_variant(script_here, rlds, tmp_path):
     """The command line lists the five and makes no folder."""
-    done = script("train.py", "--variant", "la_best", "--data", rlds, "--out", tmp_path / "run")
+    done = script_here("train.py", "--variant", "la_best", "--data", rlds, "--out", tmp_path / "run")
     assert done.code != 0 and "la_best" in done.text and "la_align" in done.text and not (tmp_path / "run").exists()
 
 
