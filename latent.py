@@ -1,23 +1,31 @@
 """Latent actions: what happens between two frames, and what a chunk of actions is, as a few discrete codes.
 
-Implements the two models of "From Pixels to Tokens: A Systematic Study of Latent Action Supervision for
-Vision-Language-Action Models" (arXiv 2605.04678) in the size that a CPU trains in minutes:
+Implements the latent actions of "From Pixels to Tokens: A Systematic Study of Latent Action Supervision for
+Vision-Language-Action Models" (arXiv 2605.04678), from the size that a CPU trains in minutes to the paper's:
 
-    LatentActionModel   images: (o_t, o_{t+delta}) -> P codes, after UniVLA (arXiv 2505.06111)
+    LatentActionModel   images: (o_t, o_{t+delta}) -> P codes, after UniVLA (arXiv 2505.06111), in two stages
     ActionTokenizer     actions: a chunk of H actions -> H codes
 
-    python latent.py lam --data data/libero_tiny --out runs/lam              # train on frames of the primary camera
+    python latent.py lam --stage 1 --data data/libero_tiny --out runs/lam1                           # 3 minutes
+    python latent.py lam --stage 2 --init-from runs/lam1 --data data/libero_tiny --out runs/lam      # 3 minutes
     python latent.py label --data data/libero_tiny --lam runs/lam            # write the codes of every step to a file
-    python latent.py tokenizer --data data/libero_tiny --out runs/tokenizer --chunk 8
-    torchrun --nproc-per-node 2 latent.py lam --data data/libero_tiny --out runs/lam2     # on two processes
+    python latent.py tokenizer --data data/libero_tiny --out runs/tokenizer --chunk 8                # 1.5 minutes
+    torchrun --nproc-per-node 8 latent.py lam --stage 1 --data DIR --out runs/lam1 --features DINOV2 --text T5 \\
+        --image-size 224 --width 768 --num-blocks 12 --heads 12 --code-dim 128                       # the paper's size
+    python latent.py lam --init-from FILE.ckpt --max-steps 0 --stage 2 ... --no-predict-change --no-centre  # UniVLA's
 
-Both share one quantiser, whose codes stay alive: initialised from data, moved by EMA, restarted when unused.
-Left out: DINOv2 features (their place is `FEATURES`), the language-conditioned first stage of UniVLA and its second
-codebook. Departures from UniVLA: the decoder predicts the change of the patches, so that it starts as a copy of the
-current frame; there is no layer norm over raw patch features (it would remove their brightness); and the running mean
-of each code position is subtracted from c, so that all positions share the whole codebook and c points different ways
-for different motions. (29 episodes of data/libero_tiny, 500 steps, with and without: 16 of 16 codes in use at every
-position and 2 to 10; a cosine of 0.1 and of 0.6 between two random steps; the same held-out reconstruction.)
+Which stage when. Stage 1 is given the instruction, so its codes hold what the instruction does not tell: the camera,
+the background, other people. Stage 2 keeps that codebook, loses the text, and puts what the task changes into codes of
+its own; these are the ones to label with. Where nothing moves but the robot, stage 0, one model without text, does as
+well in half the time. Train until the reconstruction loss in log.jsonl no longer falls (the embedded data: 1 000 steps;
+UniVLA's stage 1: 100 000), then ask probe.py whether the codes are good enough; it says what its numbers should be.
+
+All share one quantiser, whose codes stay alive: initialised from data, moved by EMA or gradient descent, restarted
+when unused. Departures from UniVLA, which two flags undo: the decoder predicts the change of the patches, so that it
+starts as a copy of the current frame; and the encoder's answers are normalised and centred for each code position, so
+that all positions share the whole codebook and c points different ways for different motions (stage 1 of
+data/libero_tiny, held-out episodes: 15 to 16 of 16 codes in use at each position, against 4 to 7 without the norm).
+Also, stage 2 starts from all of stage 1, not from its codebook and queries alone.
 
 Axes: B batch, H chunk steps, A action size, P codes per step, K codebook size, d width of a code, D width of a
 transformer, L tokens, N patches of a frame, F features of a patch, T frames (2), S steps of a data set.
@@ -26,8 +34,12 @@ transformer, L tokens, N patches of a frame, F features of a patch, T frames (2)
 import functools
 import hashlib
 import json
+import pickle
+import re
+import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,14 +53,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
-from data import CACHE, Chunks, StepBatches, open_index, split_episodes, statistics
+from data import (
+    CACHE,
+    Chunks,
+    StepBatches,
+    Steps,
+    action_chunk,
+    normalise,
+    open_index,
+    split_episodes,
+    standardise,
+    statistics,
+)
 
 COMMITMENT = 0.25  # weight of the commitment loss
-CONSISTENCY = 0.1  # weight of the tokenizer's consistency loss; the paper gives none, and 1 costs reconstruction
+CONSISTENCY = 0.03  # weight of the tokenizer's consistency loss; the paper gives none, and more costs reconstruction
 ACTION = 0.5  # weight of the action head's loss
 MASKED = 0.15  # share of the latents that the tokenizer's consistency loss hides
-HEADS = 4  # of every attention
+REFIT = 0.7  # share of its training after which the tokenizer's codebook is put on k-means of its latents
 WEIGHT_DECAY = 0.01
+WORD_SIZE = 64  # width of the fixed random vectors of words
+CHUNKS = 4096  # chunks, at most, of which k-means are taken
+MEASURED = 1024  # held-out samples, at most, that a model is measured on after training
+PART = 32  # episodes in one part of a labelling that can be continued
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,22 +83,42 @@ WEIGHT_DECAY = 0.01
 
 
 class Quantiser(nn.Module):
-    """Nearest code with a straight-through gradient; the codebook is the running mean of what each code stands for.
+    """Nearest code with a straight-through gradient to the encoder; a codebook that follows what the encoder says.
 
-    EMA as in van den Oord et al. (arXiv 1711.00937), appendix A. Codes start on encoder outputs of the first batch with
-    count 1 and matching sum; a code that nothing chose for `patience` updates is put on an encoder output again.
-    Every process ends with the same codebook, and n processes with that of one: counts and sums are added up over
-    them, initialisation and restarts draw from their common batch with a generator keyed by (seed, updates).
+    learn "ema": each code is the running mean of what chose it (van den Oord et al., arXiv 1711.00937, appendix A).
+    learn "loss": the codebook is a parameter, drawn to what chose it by its squared distance (same paper, equation 3).
+    Either way codes start on encoder outputs of the first batch (EMA: with count 1 and matching sum), and a code that
+    nothing chose for `patience` updates is put on an encoder output again. Every process ends with the same codebook,
+    and n processes with that of one: counts and sums are added up over them, initialisation and restarts draw from
+    their common batch with a generator keyed by (seed, updates).
     """
 
-    def __init__(self, num_codes, dim, decay=0.99, patience=50, seed=0):
+    def __init__(self, num_codes, dim, learn="ema", decay=0.99, patience=50, seed=0):
         super().__init__()
-        self.num_codes, self.decay, self.patience, self.seed = num_codes, decay, patience, seed
-        self.register_buffer("codebook", torch.zeros(num_codes, dim))
-        self.register_buffer("sums", torch.zeros(num_codes, dim))  # running sum of the vectors of each code ...
-        self.register_buffer("counts", torch.zeros(num_codes))  # ... and their running number
+        self.num_codes, self.learn, self.decay, self.patience, self.seed = num_codes, learn, decay, patience, seed
+        self.frozen = False
+        if learn == "loss":
+            self.codebook = nn.Parameter(torch.zeros(num_codes, dim))
+        else:
+            self.register_buffer("codebook", torch.zeros(num_codes, dim))
+            self.register_buffer("sums", torch.zeros(num_codes, dim))  # running sum of the vectors of each code ...
+            self.register_buffer("counts", torch.zeros(num_codes))  # ... and their running number
         self.register_buffer("unused", torch.zeros(num_codes, dtype=torch.long))  # updates since a code was last chosen
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def start_at(self, codebook):
+        """Puts the codes on `codebook` [K, d], instead of on the first batch."""
+        with torch.no_grad():
+            self.codebook.copy_(codebook)
+            self.updates.clamp_(min=1)
+            self.unused.zero_()
+            if self.learn == "ema":
+                self.sums.copy_(codebook), self.counts.fill_(1.0)
+
+    def freeze(self):
+        """Keeps the codebook as it is from now on; the encoder is still drawn to it."""
+        self.frozen = True
+        self.requires_grad_(False)
 
     @torch.no_grad()
     def nearest(self, x):
@@ -84,23 +131,31 @@ class Quantiser(nn.Module):
         return x + (self.codebook[codes] - x).detach()
 
     def forward(self, x, valid=None):
-        """x [B, n, d], valid bool [B, n] (default: all) -> vectors [B, n, d], codes i64 [B, n], commitment loss."""
+        """x f32 [B, n, d], valid bool [B, n] (default: all) -> vectors [B, n, d], codes i64 [B, n], loss.
+
+        The loss is 0.25 x commitment (the encoder's distance to its codes), with learn "loss" + the codes' to it.
+        """
         valid = x.new_ones(x.shape[:-1]) if valid is None else valid.to(x.dtype)
-        if self.training and self.updates == 0:
-            self._place(torch.ones_like(self.counts, dtype=torch.bool), x.detach(), valid)
+        learning = self.training and not self.frozen
+        if learning and self.updates == 0:
+            self._place(torch.ones_like(self.unused, dtype=torch.bool), x.detach(), valid)
         codes = self.nearest(x)
-        vectors, commitment = self.straight_through(x, codes), masked_mean(x - self.codebook[codes], valid)
-        if self.training:
+        vectors, loss = self.straight_through(x, codes), masked_mean(x - self.codebook[codes].detach(), valid)
+        loss = COMMITMENT * loss
+        if self.learn == "loss" and not self.frozen:
+            loss = loss + masked_mean(x.detach() - self.codebook[codes], valid)
+        if learning:
             self._update(x.detach(), codes, valid)
-        return vectors, codes, commitment
+        return vectors, codes, loss
 
     @torch.no_grad()
     def _update(self, x, codes, valid):
         chosen = (F.one_hot(codes, self.num_codes) * valid[..., None]).flatten(0, 1)  # [B * n, K]
-        hits, sums = common.all_sum(chosen.sum(0)), common.all_sum(chosen.T @ x.flatten(0, 1))  # [K], [K, d]
-        self.counts.lerp_(hits, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        self.codebook.copy_(self.sums / self.counts[:, None])
+        hits = common.all_sum(chosen.sum(0))  # [K]
+        if self.learn == "ema":
+            self.counts.lerp_(hits, 1 - self.decay)
+            self.sums.lerp_(common.all_sum(chosen.T @ x.flatten(0, 1)), 1 - self.decay)  # [K, d]
+            self.codebook.copy_(self.sums / self.counts[:, None])
         self.unused.copy_(torch.where(hits > 0, 0, self.unused + 1))
         self.updates += 1
         dead = self.unused >= self.patience
@@ -113,8 +168,25 @@ class Quantiser(nn.Module):
         pool = gather(torch.cat([x, valid[..., None]], -1)).flatten(0, 1)  # [all, d + 1]
         pool = pool[pool[:, -1] > 0, :-1]
         order = np.random.default_rng([self.seed, int(self.updates)]).permutation(len(pool))
-        self.codebook[which] = pool[np.resize(order, int(which.sum()))]
-        self.sums[which], self.counts[which], self.unused[which] = self.codebook[which], 1.0, 0
+        self.codebook[which], self.unused[which] = pool[np.resize(order, int(which.sum()))], 0
+        if self.learn == "ema":
+            self.sums[which], self.counts[which] = self.codebook[which], 1.0
+
+
+def kmeans(x, count, seed=0, rounds=20):
+    """`count` means of x [n, d], [count, d]: k-means++ (Arthur and Vassilvitskii, 2007), then Lloyd's rounds."""
+    rng, means = np.random.default_rng(seed), x.new_empty(count, x.shape[1])
+    nearest = x.new_ones(len(x))  # squared distance to the nearest mean so far; the first is drawn uniformly
+    for number in range(count):
+        chance = nearest.double().cpu().numpy() + 1e-12  # where x has fewer distinct rows than means
+        means[number] = x[rng.choice(len(x), p=chance / chance.sum())]
+        distance = (x - means[number]).square().sum(1)
+        nearest = torch.minimum(nearest, distance) if number else distance
+    for _ in range(rounds):
+        codes = torch.cdist(x, means).argmin(1)
+        hits, sums = torch.bincount(codes, minlength=count)[:, None], torch.zeros_like(means).index_add_(0, codes, x)
+        means = torch.where(hits > 0, sums / hits.clamp(min=1), means)
+    return means
 
 
 def gather(x):
@@ -131,9 +203,13 @@ def masked_mean(error, valid):
     return (error.square() * valid[..., None]).mean()
 
 
-def code_usage(codes, num_codes):
-    """Of codes i64 [n, P] on all processes: (number of codes in use, perplexity = exp of the entropy), each [P]."""
-    counts = common.all_sum(F.one_hot(codes, num_codes).sum(0))  # [P, K]
+def code_counts(codes, num_codes):
+    """Of codes i64 [n, P]: how often each occurs at each position, i64 [P, K]."""
+    return F.one_hot(codes, num_codes).sum(0)
+
+
+def code_usage(counts):
+    """Of `code_counts`: (number of codes in use, perplexity = exp of the entropy), each [P]."""
     share = counts / counts.sum(-1, keepdim=True)
     return (counts > 0).sum(-1), torch.special.entr(share).sum(-1).exp()
 
@@ -150,32 +226,69 @@ class Attention(nn.Module):
         self.heads, self.norm = heads, nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
 
-    def forward(self, x, causal=False):
-        qkv = self.qkv(self.norm(x)).flatten(0, -3).unflatten(-1, (3, self.heads, -1))  # [n, L, 3, heads, D / heads]
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=causal)  # [n, heads, L, D / heads]
+    def forward(self, x, keys=None, causal=False, rows=None):
+        """keys: bool [..., L] like x, False where a token is padding and not looked at (default: none is).
+        rows: only the first so many tokens look, and are returned (default: all)."""
+        y = self.norm(x).flatten(0, -3)  # [n, L, D]
+        q_weight, kv_weight = self.qkv.weight.tensor_split([x.shape[-1]])
+        q = (
+            F.linear(y[:, :rows], q_weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        )  # [n, heads, rows, D / heads]
+        k, v = (
+            F.linear(y, kv_weight).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # [n, heads, L, D / heads]
+        mask = None if keys is None else keys.flatten(0, -2)[:, None, None]  # [n, 1, 1, L]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        x = x[..., :rows, :]
         return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
     """Attention within a frame, then (temporal) causally over the frames, then an MLP. x: [B, L, D] or [B, T, L, D]"""
 
-    def __init__(self, width, hidden, temporal=False):
+    def __init__(self, width, heads, hidden, temporal=False):
         super().__init__()
-        self.spatial, self.temporal = Attention(width, HEADS), Attention(width, HEADS) if temporal else None
+        self.spatial, self.temporal = Attention(width, heads), Attention(width, heads) if temporal else None
         layers = nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
         self.mlp = nn.Sequential(*layers)
 
-    def forward(self, x):
-        x = self.spatial(x)
+    def forward(self, x, keys=None, rows=None):
+        """keys and rows: as of `Attention`, within a frame."""
+        x = self.spatial(x, keys, rows=rows)
         if self.temporal is not None:
             x = self.temporal(x.transpose(1, 2), causal=True).transpose(1, 2)
         return x + self.mlp(x)
 
 
+class Transformer(nn.Module):
+    """Tokens of any width: embedded, with positions, joined by text tokens, through the blocks."""
+
+    def __init__(self, size_in, length, width, heads, num_blocks, temporal=False, normalise=True):
+        """length: L without text; normalise: with a layer norm before the embedding."""
+        super().__init__()
+        norm = nn.LayerNorm(size_in) if normalise else nn.Identity()
+        self.embed = nn.Sequential(norm, nn.Linear(size_in, width), nn.LayerNorm(width))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, temporal) for _ in range(num_blocks))
+        self.register_buffer("positions", sinusoids(length, width), persistent=False)
+
+    def forward(self, x, rows, text=None, known=None):
+        """x [B, T, L, in]; text [B, n, D], of which the tokens known (bool [B, n]) are real -> [B, T, rows, D]
+
+        Only the first `rows` tokens are wanted, so the last block computes no others.
+        """
+        x, keys = self.embed(x) + self.positions, None
+        if text is not None:
+            text, known = (part[:, None].expand(-1, x.shape[1], *part.shape[1:]) for part in (text, known))
+            x, keys = torch.cat([x, text], 2), torch.cat([known.new_ones(x.shape[:3]), known], 2)
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, keys, rows if number == len(self.blocks) else None)
+        return x
+
+
 def sinusoids(length, width):
-    """Fixed positions f32 [length, width], of geometric wavelengths: sines, then cosines."""
+    """Fixed positions f32 [length, width]: of each geometric wavelength, up to 10 000 x 2 pi, a sine and a cosine."""
     angle = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, width, 2) / width)
-    return torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,28 +296,43 @@ def sinusoids(length, width):
 
 
 class ActionTokenizer(nn.Module):
-    """A chunk of H normalised actions <-> H codes, one per step (the paper's action-based latent actions)."""
+    """A chunk of H normalised actions <-> H codes, one per step (the paper's action-based latent actions).
 
-    inputs = ("actions", "valid", "masked")  # of a batch, in the order of `forward`
+    What mixes the steps (convolutions, attention, the FFT) starts at zero, so that at first a latent is a linear map of
+    its own action and close actions have close latents. Late in training the codebook is put on k-means of the latents
+    once. Either halves the error that rounding to codes adds; there are no positions and no last norm, which add to it.
+    """
 
-    def __init__(self, chunk, action_size, num_codes=256, dim=128, seed=0):
+    def __init__(self, chunk, action_size, num_codes=256, dim=128, patience=50, seed=0):
         super().__init__()
         self.config = {"chunk": chunk, "action_size": action_size, "num_codes": num_codes, "dim": dim}
         self.num_codes, self.dim = num_codes, dim
         self.project = nn.Linear(3 * action_size, dim)
         self.convs = nn.ModuleList(nn.Conv1d(dim, dim, 3, padding=apart, dilation=apart) for apart in (1, 2, 4))
-        self.blocks = nn.Sequential(*(Block(dim, hidden=256) for _ in range(2)))
-        self.norm = nn.LayerNorm(dim)
-        self.quantiser = Quantiser(num_codes, dim, seed=seed)
+        self.blocks = nn.Sequential(*(Block(dim, 4, hidden=256) for _ in range(2)))
+        self.quantiser = Quantiser(num_codes, dim, patience=patience, seed=seed)
         self.decoder = nn.Sequential(nn.Linear(dim, 256), nn.GELU(), nn.Linear(256, action_size))
-        self.register_buffer("positions", sinusoids(chunk, dim), persistent=False)
+        with torch.no_grad():
+            self.project.weight[:, action_size:] = 0
+            branches = [*self.convs, *(part for block in self.blocks for part in (block.spatial.out, block.mlp[3]))]
+            for layer in branches:
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def vectors(self, actions):
         """[B, H, A] -> the encoder's output [B, H, d], before quantisation."""
         x = self.project(fourier_features(actions)).transpose(1, 2)  # [B, d, H]
         for conv in self.convs:
             x = x + F.gelu(conv(x))
-        return self.norm(self.blocks(x.transpose(1, 2) + self.positions))  # [B, H, d]
+        return self.blocks(x.transpose(1, 2))  # [B, H, d]
+
+    @torch.no_grad()
+    def refit(self, samples):
+        """Puts the codebook on k-means of the latents of the first samples; the same on every process."""
+        loader = DataLoader(samples, 64, sampler=range(min(samples.epoch_length, CHUNKS)))
+        batches = (common.to_device(batch, self.project.weight.device) for batch in loader)
+        latents = [self.encode(batch["actions"], batch["valid"])[1][batch["valid"]] for batch in batches]  # [n, d] each
+        means = kmeans(torch.cat(latents), self.num_codes, self.quantiser.seed)
+        self.quantiser.start_at(common.broadcast(means))
 
     def encode(self, actions, valid=None):
         """f32 [B, H, A] normalised -> codes i64 [B, H], vectors f32 [B, H, d]. Steps that are not valid count as 0."""
@@ -215,25 +343,26 @@ class ActionTokenizer(nn.Module):
         """codes i64 [B, H] -> normalised actions f32 [B, H, A]"""
         return self.decoder(self.quantiser.codebook[codes])
 
-    def forward(self, actions, valid, masked):
-        """actions f32 [B, H, A] normalised; valid bool [B, H], False past the end of an episode; masked bool [B, H].
+    def forward(self, batch):
+        """Of `MaskedChunks`: actions f32 [B, H, A] normalised; valid bool [B, H]; masked bool [B, H].
 
-        Returns scalars `loss` = reconstruction_loss + 0.25 commitment_loss + 0.1 consistency_loss, and the `codes`
+        Returns scalars `loss` = reconstruction_loss + quantisation_loss + 0.03 consistency_loss, and the `codes`
         [n, 1] of the valid steps. Consistency: with the masked latents zeroed, the decoded actions are encoded again,
         and at the masked steps that must give the encoding of the true actions.
         """
+        actions, valid, masked = batch["actions"], batch["valid"], batch["masked"]
         actions = actions * valid[..., None]
         latents = self.vectors(actions)
-        quantised, codes, commitment = self.quantiser(latents, valid)
+        quantised, codes, quantisation = self.quantiser(latents, valid)
         reconstruction = masked_mean(self.decoder(quantised) - actions, valid)
         hidden = latents * ~masked[..., None]
         guess = self.decoder(self.quantiser.straight_through(hidden, self.quantiser.nearest(hidden)))
         again = self.vectors(guess * valid[..., None])
         consistency = masked_mean(again - latents.detach(), valid & masked)
         return {
-            "loss": reconstruction + COMMITMENT * commitment + CONSISTENCY * consistency,
+            "loss": reconstruction + quantisation + CONSISTENCY * consistency,
             "reconstruction_loss": reconstruction,
-            "commitment_loss": commitment,
+            "quantisation_loss": quantisation,
             "consistency_loss": consistency,
             "codes": codes[valid][:, None],
         }
@@ -265,7 +394,7 @@ class PixelPatches(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image_size is {image_size}, which patch_size {patch_size} does not divide; change one")
         self.image_size, self.patch_size = image_size, patch_size
-        self.patches, self.dim = (image_size // patch_size) ** 2, 3 * patch_size**2
+        self.patches, self.size = (image_size // patch_size) ** 2, 3 * patch_size**2  # N, F
 
     def read(self, image):
         """u8 [h, w, 3] as stored -> u8 [image_size, image_size, 3], by area."""
@@ -278,153 +407,304 @@ class PixelPatches(nn.Module):
         return pixels.transpose(2, 3).reshape(len(frames), n * n, p * p * 3)  # [B, N, F]
 
 
-FEATURES = {"pixels": PixelPatches}  # name -> class with image_size, patches, dim, read(image) and forward(frames)
+class DinoPatches(nn.Module):
+    """Frozen patch tokens of DINOv2 with registers (arXiv 2309.16588), after its final norm."""
+
+    def __init__(self, image_size, source, config=None):
+        """source: checkpoint directory or hub id; with a config only its architecture, for weights to be loaded."""
+        super().__init__()
+        from transformers import AutoConfig, Dinov2WithRegistersConfig, Dinov2WithRegistersModel  # slow to import
+
+        found = Dinov2WithRegistersConfig(**config) if config else AutoConfig.from_pretrained(source)
+        if found.model_type != "dinov2_with_registers":
+            raise ValueError(f"features {source} is a '{found.model_type}'; it must be pixels or DINOv2 with registers")
+        if image_size % found.patch_size:
+            raise ValueError(
+                f"image_size is {image_size}; {source} needs a multiple of {found.patch_size} (paper: 224)"
+            )
+        load = functools.partial(Dinov2WithRegistersModel.from_pretrained, source, dtype=torch.float32)
+        self.net = Dinov2WithRegistersModel(found) if config else load()
+        self.config, self.image_size, self.prefix = found.to_dict(), image_size, 1 + found.num_register_tokens
+        self.patches, self.size = (image_size // found.patch_size) ** 2, found.hidden_size  # N, F
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)  # ImageNet's
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def read(self, image):
+        """u8 [h, w, 3] as stored -> u8 [image_size, image_size, 3], bicubic."""
+        return np.asarray(Image.fromarray(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))
+
+    @torch.no_grad()
+    def forward(self, frames):
+        """u8 [B, image_size, image_size, 3] -> f32 [B, N, F]"""
+        pixels = (frames.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std  # [B, 3, h, w]
+        with common.autocast(pixels.device):
+            return self.net(pixels).last_hidden_state[:, self.prefix :].float()
+
+
+def text_states(source, instructions, device="cpu"):
+    """{instruction: f32 [n tokens, width]} of some texts, computed once.
+
+    source: "words", a fixed random vector for each word, or a T5 (checkpoint directory or hub id), whose encoder's last
+    states they are. An empty instruction has no words; T5 gives it one state, of its end token.
+    """
+    instructions = sorted(set(instructions))
+    if source == "words":
+        draw = lambda word: np.random.default_rng(list(word.encode())).normal(size=WORD_SIZE)  # noqa: E731
+        rows = ([draw(word) for word in text.lower().split()] for text in instructions)
+        found = [torch.tensor(np.array(row).reshape(-1, WORD_SIZE), dtype=torch.float32) for row in rows]
+    else:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        tokenizer, t5 = (
+            AutoTokenizer.from_pretrained(source),
+            T5EncoderModel.from_pretrained(source, dtype=torch.float32),
+        )
+        with torch.no_grad():
+            ids = (tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in instructions)
+            found = [t5.to(device)(row).last_hidden_state[0].cpu() for row in ids]
+    return dict(zip(instructions, found, strict=True))
+
+
+def pad_text(states, length):
+    """One text's states [n, width] -> [length, width], and which are real, bool [length]."""
+    return F.pad(states, (0, 0, 0, length - len(states))), torch.arange(length) < len(states)
 
 
 @dataclass(kw_only=True)
 class LamSizes:
     """What a `LatentActionModel` is made of, and what its codes mean."""
 
+    stage: Literal[0, 1, 2] = 0
+    """0: one model, no text; UniVLA's two: 1 (task-irrelevant codes, given the text) and 2 (task-centric codes)"""
     camera: str = "image"
     """camera whose frames are used"""
     delta: int = 32
     """frames between the two images of a latent action"""
     features: str = "pixels"
-    """frozen frame features: pixels"""
+    """frozen frame features: pixels, or a DINOv2 with registers (checkpoint directory or hub id)"""
     image_size: int = 48
-    """side to which frames are resized, pixels"""
+    """side to which frames are resized, pixels (DINOv2: 224)"""
     patch_size: int = 8
-    """side of a patch, pixels"""
+    """side of a patch of pixels (DINOv2 has its own)"""
+    text: str = "words"
+    """how stage 1 reads instructions: words (fixed random vectors) or a T5 (checkpoint directory or hub id)"""
     width: int = 64
-    """width of encoder and decoder"""
+    """width of encoder and decoder (paper: 768)"""
     num_blocks: int = 2
-    """blocks of the encoder, and of the decoder"""
+    """blocks of the encoder, and of the decoder (paper: 12)"""
+    heads: int = 4
+    """heads of each attention (paper: 12)"""
     codes_per_step: int = 4
     """codes of one latent action"""
     num_codes: int = 16
-    """codes in the codebook"""
+    """codes in a codebook"""
     code_dim: int = 32
-    """width of a code"""
+    """width of a code (paper: 128)"""
+    codebook: Literal["ema", "loss"] = "ema"
+    """how codes follow the encoder: running means, or gradient descent on their distance (UniVLA)"""
+    patience: int = 10
+    """updates after which a code that nothing chose is restarted"""
+    predict_change: bool = True
+    """the decoder predicts the change of the patches, so that it starts as a copy (UniVLA: the patches)"""
+    centre: bool = True
+    """normalise the encoder's answers, and subtract each code position's running mean from c (UniVLA: neither)"""
+
+
+class CodeSet(nn.Module):
+    """P queries to the encoder, the codebook for its answers, and what the decoder sees of them."""
+
+    def __init__(self, sizes, feature_size, seed):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(sizes.codes_per_step, feature_size).uniform_(-1, 1))  # [P, F]
+        self.project, self.up = nn.Linear(sizes.width, sizes.code_dim), nn.Linear(sizes.code_dim, sizes.width)
+        self.quantiser = Quantiser(sizes.num_codes, sizes.code_dim, sizes.codebook, patience=sizes.patience, seed=seed)
+        self.norm = nn.LayerNorm(sizes.width) if sizes.centre else nn.Identity()
+        self.centring = sizes.centre
+        self.register_buffer("centre", torch.zeros(sizes.codes_per_step, sizes.code_dim))
+
+    def vectors(self, answers):
+        """The encoder's answers [B, P, D] -> c [B, P, d], before quantisation."""
+        c = self.project(self.norm(answers))
+        if self.training and self.centring:  # towards the mean of the global batch
+            mean = common.all_mean(c.detach().mean(0))
+            self.centre.lerp_(mean, max(0.02, 1 / (1 + int(self.quantiser.updates))))
+        return c - self.centre
 
 
 class LatentActionModel(nn.Module):
-    """Frames o_t and o_{t+delta} -> P codes, from which and o_t the patch features of o_{t+delta} are predicted."""
+    """Frames o_t and o_{t+delta} -> P codes, from which and o_t the patch features of o_{t+delta} are predicted.
 
-    inputs = ("frames", "actions", "valid", "weight")  # of a batch, in the order of `forward`
-
-    def __init__(self, sizes, head_size=0, seed=0):
-        """head_size: numbers that the action head predicts, chunk x action size; 0: no head, as in a saved model."""
-        super().__init__()
-        if sizes.features not in FEATURES:
-            raise ValueError(f"features is '{sizes.features}'; choose one of {list(FEATURES)}")
-        self.config, self.num_codes, self.num_queries = asdict(sizes), sizes.num_codes, sizes.codes_per_step
-        self.delta, self.camera, self.dim, width = sizes.delta, sizes.camera, sizes.code_dim, sizes.width
-        self.features = FEATURES[sizes.features](sizes.image_size, sizes.patch_size).requires_grad_(False)
-        self.embed = nn.Sequential(nn.Linear(self.features.dim, width), nn.LayerNorm(width))
-        self.queries = nn.Parameter(torch.randn(self.num_queries, width))
-        self.encoder = nn.Sequential(*(Block(width, 4 * width, temporal=True) for _ in range(sizes.num_blocks)))
-        self.to_codebook = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.dim))
-        self.quantiser = Quantiser(self.num_codes, self.dim, patience=10, seed=seed)
-        self.action_up, self.patch_up = nn.Linear(self.dim, width), nn.Linear(self.features.dim, width)
-        self.decoder = nn.Sequential(*(Block(width, 4 * width) for _ in range(sizes.num_blocks)))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.features.dim))
-        nn.init.zeros_(self.out[1].weight), nn.init.zeros_(self.out[1].bias)  # at first, predict no change
-        self.register_buffer("centre", torch.zeros(self.num_queries, self.dim))  # subtracted from c
-        self.register_buffer("positions", sinusoids(self.num_queries + self.features.patches, width), persistent=False)
-        if head_size:
-            self.action_head = nn.Sequential(nn.Linear(self.dim, 128), nn.GELU(), nn.Linear(128, head_size))
-
-    def vectors(self, features_a, features_b):
-        """Patch features [B, N, F] of o_t and o_{t+delta} -> c [B, P, d], before quantisation."""
-        patches = self.embed(torch.stack([features_a, features_b], 1))  # [B, T, N, D]
-        queries = self.queries.expand(*patches.shape[:2], -1, -1)  # [B, T, P, D]
-        x = self.encoder(torch.cat([queries, patches], 2) + self.positions)  # [B, T, P + N, D]
-        c = self.to_codebook(x[:, 1, : self.num_queries])  # [B, P, d], read at the later frame
-        if self.training:
-            self._track(c.detach().mean(0))
-        return c - self.centre
-
-    def _track(self, mean):
-        """Moves the running centre of each code position towards the mean [P, d] of the global batch."""
-        self.centre.lerp_(common.all_mean(mean), max(0.02, 1 / (1 + int(self.quantiser.updates))))
-
-    def encode(self, features_a, features_b):
-        """Patch features [B, N, F] of o_t and o_{t+delta} -> codes i64 [B, P], c f32 [B, P, d] before quantisation."""
-        vectors = self.vectors(features_a, features_b)
-        return self.quantiser.nearest(vectors), vectors
-
-    def predict(self, features_a, quantised):
-        """Patch features [B, N, F] of o_t and code vectors [B, P, d] -> those of o_{t+delta}, [B, N, F]."""
-        x = torch.cat([self.action_up(quantised), self.patch_up(features_a)], 1)  # [B, P + N, D]
-        x = self.decoder(x + self.positions)[:, self.num_queries :]  # [B, N, D]
-        return features_a + self.out(x)
-
-    def forward(self, frames, actions, valid, weight):
-        """frames u8 [B, 2, h, w, 3]; actions f32 [B, H, A] normalised, valid bool [B, H]; weight f32 [B].
-
-        weight: of a sample in the action loss, 1 / (share of labelled samples), 0 where it is not labelled.
-        Returns scalars `loss` = reconstruction_loss + 0.25 commitment_loss + 0.5 action_loss, `copy_error` (the
-        reconstruction loss of predicting no change), and `codes` i64 [B, P].
-        """
-        a, b = self.features(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)  # [B, N, F] each
-        quantised, codes, commitment = self.quantiser(self.vectors(a, b))
-        reconstruction = F.mse_loss(self.predict(a, quantised), b)
-        action = masked_mean(self.action_head(quantised.mean(1)).view_as(actions) - actions, valid * weight[:, None])
-        return {
-            "loss": reconstruction + COMMITMENT * commitment + ACTION * action,
-            "reconstruction_loss": reconstruction,
-            "commitment_loss": commitment,
-            "action_loss": action,
-            "copy_error": F.mse_loss(a, b),
-            "codes": codes,
-        }
-
-
-class FramePairs(Chunks):
-    """Chunks with `frames` u8 [2, h, w, 3], o_t and o_{t+delta} (near its end: the episode's last), and `weight`.
-
-    Frames are decoded when needed; the last `kept` of them stay in memory in the size that the features read (with
-    pixels of 48 x 48, 7 KB each: 0.7 GB at most).
+    Stage 2 has two sets of codes: `codes`, the task-centric ones, which are exported, and `irrelevant`, those of stage
+    1 with their codebook frozen. Otherwise `codes` is the only one.
     """
 
-    def __init__(self, *args, model, action_fraction, kept=100_000, **options):
-        super().__init__(*args, **options)
-        for index in self.indices:
-            check_camera(model, index)
-        self.model, self.action_fraction = model, action_fraction
-        draws = (np.random.default_rng([self.seed, 4, n]).random(len(i)) for n, i in enumerate(self.indices))
+    def __init__(self, sizes, text_size=0, head_size=0, seed=0, features_config=None):
+        """text_size: width of the text states of stage 1; head_size: numbers that the action head predicts, chunk x
+        action size, 0: no head, as in a saved model; features_config: of a DINOv2 whose weights will be loaded."""
+        super().__init__()
+        self.features = build_features(sizes, features_config).requires_grad_(False)
+        self.sizes, self.config = sizes, {"sizes": asdict(sizes), "text_size": text_size}
+        self.config["features_config"] = getattr(self.features, "config", None)
+        size, width, blocks = self.features.size, sizes.width, (sizes.width, sizes.heads, sizes.num_blocks)
+        self.codes = CodeSet(sizes, size, seed)
+        self.irrelevant = CodeSet(sizes, size, seed) if sizes.stage == 2 else None
+        self.sets = [part for part in (self.codes, self.irrelevant) if part is not None]
+        length = sizes.codes_per_step * len(self.sets) + self.features.patches
+        normalise = sizes.features != "pixels"  # a layer norm would remove the brightness of a patch
+        self.encoder = Transformer(size, length, *blocks, temporal=True, normalise=normalise)
+        self.patch_up, self.out = nn.Linear(size, width), nn.Linear(width, size)
+        self.decoder = Transformer(width, length, *blocks)
+        self.text_up = nn.Linear(text_size, width) if sizes.stage == 1 else None
+        self.action_head = None
+        if head_size:
+            self.action_head = nn.Sequential(nn.Linear(sizes.code_dim, 128), nn.GELU(), nn.Linear(128, head_size))
+        if sizes.predict_change:
+            nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)  # at first, predict no change
+        if sizes.stage == 2:
+            self.irrelevant.quantiser.freeze()
+
+    @property
+    def num_codes(self):
+        return self.sizes.num_codes
+
+    def _words(self, text, known):
+        """Of stage 1: the projected text [B, n, D] and which of its tokens are real; else nothing."""
+        return () if self.text_up is None else (self.text_up(text), known)
+
+    def vectors(self, features_a, features_b, text=None, known=None):
+        """Patch features [B, N, F] of o_t and o_{t+delta} -> of each set of codes c [B, P, d], before quantisation.
+
+        text f32 [B, n, text_size] and known bool [B, n], its real tokens, are for stage 1.
+        """
+        queries = torch.cat([part.queries for part in self.sets]).expand(len(features_a), 2, -1, -1)  # [B, T, Q, F]
+        x = torch.cat([queries, torch.stack([features_a, features_b], 1)], 2)  # [B, T, Q + N, F]
+        with common.autocast(x.device):
+            x = self.encoder(x, queries.shape[2], *self._words(text, known))  # [B, T, Q, D]
+        answers = x[:, 1].float().chunk(len(self.sets), 1)  # [B, P, D] each, read at the later frame
+        return [part.vectors(answer) for part, answer in zip(self.sets, answers, strict=True)]
+
+    def encode(self, features_a, features_b, text=None, known=None):
+        """As `vectors`, of the exported codes: codes i64 [B, P], c f32 [B, P, d]."""
+        vectors = self.vectors(features_a, features_b, text, known)[0]
+        return self.codes.quantiser.nearest(vectors), vectors
+
+    def predict(self, features_a, quantised, text=None, known=None):
+        """Patch features [B, N, F] of o_t and code vectors [B, P, d] of each set -> those of o_{t+delta} [B, N, F]."""
+        with common.autocast(features_a.device):
+            x = [part.up(vectors) for part, vectors in zip(self.sets, quantised, strict=True)]  # [B, P, D] each
+            x = torch.cat([*x, self.patch_up(features_a)], 1)[:, None]  # [B, 1, Q + N, D]
+            x = self.decoder(x, x.shape[2], *self._words(text, known))[:, 0, -features_a.shape[1] :]  # [B, N, D]
+            change = self.out(x).float()  # [B, N, F]
+        return features_a + change if self.sizes.predict_change else change
+
+    def forward(self, batch):
+        """Of `FramePairs`: frames u8 [B, 2, h, w, 3]; of stage 1 text and known; with an action head actions f32
+        [B, H, A] normalised, valid bool [B, H] and weight f32 [B].
+
+        Returns scalars `loss` = reconstruction_loss + quantisation_loss + 0.5 action_loss, `copy_error` (the
+        reconstruction loss of predicting no change), and `codes` i64 [B, P], the exported ones.
+        """
+        text = batch.get("text"), batch.get("known")
+        a, b = self.features(batch["frames"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)  # [B, N, F] each
+        found = [part.quantiser(c) for part, c in zip(self.sets, self.vectors(a, b, *text), strict=True)]
+        quantised, codes, quantisation = zip(*found, strict=True)
+        result = {"reconstruction_loss": F.mse_loss(self.predict(a, quantised, *text), b)}
+        result |= {"quantisation_loss": sum(quantisation), "copy_error": F.mse_loss(a, b), "codes": codes[0]}
+        loss = result["reconstruction_loss"] + result["quantisation_loss"]
+        if self.action_head is not None:
+            guess = self.action_head(quantised[0].mean(1)).view_as(batch["actions"])
+            valid = batch["valid"] * batch["weight"][:, None]
+            result["action_loss"] = masked_mean(guess - batch["actions"], valid)
+            loss = loss + ACTION * result["action_loss"]
+        return {"loss": loss} | result
+
+
+def build_features(sizes, config=None):
+    """The frozen frame features that `sizes` names."""
+    if sizes.features == "pixels":
+        return PixelPatches(sizes.image_size, sizes.patch_size)
+    return DinoPatches(sizes.image_size, sizes.features, config)
+
+
+class FramePairs(Steps):
+    """The training samples of a `LatentActionModel`; video without actions is enough. Each item holds
+
+    frames   u8 [2, h, w, 3], o_t and o_{t+delta} (near its end: the episode's last) in the size that the features read
+    text     f32 [n, width] and known bool [n], with `texts`: the instruction's states, padded
+    actions  f32 [H, A] normalised, valid bool [H], with an `action_size`; weight f32 [], of the sample in the action
+             loss: 1 / action_fraction where it is labelled, else 0
+
+    Frames are decoded when needed; the last ones stay in memory, up to `kept` bytes.
+    """
+
+    def __init__(
+        self, indices, stats, model, texts=None, chunk=8, action_size=0, action_fraction=0.05, kept=2**30, **of
+    ):
+        """texts: {instruction: states}, for stage 1; of: seed, weights and episodes, as of `Steps`."""
+        super().__init__(indices, **of)
+        for index in indices:
+            check_video(model.sizes, index)
+        self.model, self.texts, self.chunk, self.action_size = model, texts, chunk, action_size
+        self.longest = max(map(len, texts.values())) if texts else 0
+        self.actions = [self._actions(index, own) for index, own in zip(indices, stats, strict=True)]
+        self.action_fraction = action_fraction
+        draws = (np.random.default_rng([self.seed, 4, n]).random(len(i)) for n, i in enumerate(indices))
         self.labelled = [draw < action_fraction for draw in draws]  # which steps have actions: always the same ones
-        self.frame = functools.lru_cache(kept)(self.frame)
+        self.frame = functools.lru_cache(kept // (3 * model.features.image_size**2))(self.frame)
+
+    def _actions(self, index, stats):
+        """Normalised actions f32 [S, A]; None when they are not wanted, or of a video without."""
+        if not self.action_size or "action" not in index.columns:
+            return None
+        return normalise(standardise(index.columns["action"]), stats["action"])
 
     def frame(self, number, step):
-        return self.model.features.read(self.indices[number].image(self.model.camera, step))
+        return self.model.features.read(self.indices[number].image(self.model.sizes.camera, step))
 
     def sample(self, number, step):
-        starts = self.indices[number].starts
-        last = int(starts[np.searchsorted(starts, step, "right")]) - 1
-        frames = np.stack([self.frame(number, step), self.frame(number, min(step + self.model.delta, last))])
-        weight = 1 / self.action_fraction if self.labelled[number][step] else 0.0
-        return super().sample(number, step) | {"frames": torch.from_numpy(frames), "weight": torch.tensor(weight)}
+        index = self.indices[number]
+        episode = int(np.searchsorted(index.starts, step, "right")) - 1
+        last = int(index.starts[episode + 1]) - 1
+        frames = np.stack([self.frame(number, step), self.frame(number, min(step + self.model.sizes.delta, last))])
+        item = {"frames": torch.from_numpy(frames)}
+        if self.texts:
+            item["text"], item["known"] = pad_text(self.texts[index.instructions[episode]], self.longest)
+        if self.action_size:
+            own = self.actions[number]
+            nothing = np.zeros((self.chunk, self.action_size), np.float32), np.zeros(self.chunk, bool)
+            actions, valid = nothing if own is None else action_chunk(own, index.starts, step, self.chunk)[:2]
+            weight = 1 / self.action_fraction if self.labelled[number][step] else 0.0
+            item |= {"actions": torch.from_numpy(actions), "valid": torch.from_numpy(valid)}
+            item |= {"weight": torch.tensor(weight)}
+        return item
+
+
+def check_video(sizes, index):
+    """Raises ValueError when a data set lacks the camera, or has no two frames that are delta apart."""
+    if sizes.camera not in index.images:
+        raise ValueError(f"camera is '{sizes.camera}', but {index.name} has {list(index.images)}; choose with --camera")
+    longest = int(np.diff(index.starts).max())
+    if sizes.delta >= longest:
+        raise ValueError(
+            f"delta is {sizes.delta}, but the longest episode of {index.name} has {longest} frames; choose a --delta "
+            "that most episodes are a few times as long as"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models on disk
 
 
-def check_camera(model, index):
-    if model.camera not in index.images:
-        raise ValueError(f"camera is '{model.camera}', but {index.name} has {list(index.images)}; choose with --camera")
+BUILD = {
+    "lam": lambda config: LatentActionModel(LamSizes(**config.pop("sizes")), **config),
+    "tokenizer": lambda config: ActionTokenizer(**config),
+}
 
 
-BUILD = {"lam": lambda sizes: LatentActionModel(LamSizes(**sizes)), "tokenizer": lambda sizes: ActionTokenizer(**sizes)}
-
-
-def save_model(folder, kind, model, training):
-    """config.json and model.safetensors: what is needed to encode and decode, so not the action head."""
-    tensors = {name: t for name, t in common.trainable_tensors(model).items() if not name.startswith("action_head.")}
+def save_model(folder, model):
+    """model.safetensors: all that is needed to encode and decode, frozen features included, the action head not."""
+    tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("action_head.")}
     common.save_tensors(Path(folder) / "model.safetensors", tensors)
-    config = {"kind": kind, "model": model.config, "training": training, "commit": common.commit()}
-    common.write_json(Path(folder) / "config.json", config)
 
 
 def load_model(kind, path):
@@ -437,7 +717,8 @@ def load_model(kind, path):
     if config.get("kind") != kind:
         raise ValueError(f"{path} holds a '{config.get('kind')}' where a '{kind}' is needed. {remedy}")
     model = BUILD[kind](config["model"])
-    common.load_trainable(model, common.load_tensors(path / "model.safetensors")[0], path)
+    tensors, _ = common.load_tensors(path / "model.safetensors")
+    common.load_tensors_into(model, model.state_dict(), tensors, path)
     return model.eval().requires_grad_(False)
 
 
@@ -456,7 +737,123 @@ def fingerprint(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training and labelling
+# Starting from another model
+
+
+def initialise(model, source):
+    """Loads `source` into `model`: a folder that `latent.py lam` made, or a checkpoint file of UniVLA.
+
+    A model of the same stage is loaded whole, but for the action head. One of stage 1 gives stage 2 its encoder,
+    decoder and features, and its codes become the irrelevant ones. Raises ValueError listing what does not fit.
+    """
+    source, sizes, own = Path(source), asdict(model.sizes), model.state_dict()
+    if not source.exists():
+        raise FileNotFoundError(
+            f"init_from {source} does not exist; it must be a folder of latent.py lam or a UniVLA file"
+        )
+    skipped = ("action_head.",)
+    if source.is_dir():
+        given = load_lam(source)
+        theirs, tensors = asdict(given.sizes), given.state_dict()
+    else:
+        tensors, skipped = univla_tensors(source), (*skipped, "centre", "quantiser.")
+        theirs = UNIVLA | {"stage": 2 if "irrelevant.queries" in tensors else 1}
+    differ = [name for name in ("heads", "predict_change", "centre") if theirs[name] != sizes[name]]
+    second = (theirs["stage"], sizes["stage"]) == (1, 2)
+    if second:
+        tensors = {name.replace("codes.", "irrelevant."): t for name, t in tensors.items() if "text_up" not in name}
+        skipped = (*skipped, "codes.")
+    elif theirs["stage"] != sizes["stage"]:
+        differ.append("stage")
+    if differ:
+        found = ", ".join(f"{name} is {sizes[name]}, but there {theirs[name]}" for name in differ)
+        raise ValueError(f"init_from {source} is another architecture: {found}")
+    own = {name: t for name, t in own.items() if name in tensors or not any(part in name for part in skipped)}
+    common.load_tensors_into(model, own, tensors, source)
+    if not source.is_dir() and not second:
+        model.codes.quantiser.start_at(model.codes.quantiser.codebook)
+
+
+UNIVLA = {"heads": 12, "predict_change": False, "centre": False}  # what its tensors do not tell
+UNIVLA_NAMES = [  # (pattern in its names, ours), applied in this order
+    ("^lam[.]", ""),
+    # DINOv2: facebook's names to transformers'
+    ("^dino_encoder[.]", "features.net."),
+    ("net[.](cls_token|mask_token|register_tokens)", r"net.embeddings.\1"),
+    ("net[.]pos_embed", "net.embeddings.position_embeddings"),
+    ("net[.]patch_embed[.]proj", "net.embeddings.patch_embeddings.projection"),
+    ("net[.]blocks", "net.encoder.layer"),
+    ("attn[.]proj", "attention.o_proj"),
+    ("ls([12])[.]gamma", r"layer_scale\1.lambda1"),
+    ("net[.]norm", "net.layernorm"),
+    # encoder and decoder
+    ("coder[.]ffn", "coder.embed"),
+    ("transformer_blocks", "blocks"),
+    ("(spatial|temporal)_attn[.]to_out[.]0", r"\1.out"),
+    ("^(.*coder.blocks[.][0-9]+)[.]norm1", r"\1.spatial.norm"),
+    ("^(encoder.blocks[.][0-9]+)[.]norm2", r"\1.temporal.norm"),
+    ("^(.*coder.blocks[.][0-9]+)[.](norm2|norm3)", r"\1.mlp.0"),
+    ("^(.*coder.blocks[.][0-9]+)[.]ffn[.]([03])", lambda m: f"{m[1]}.mlp.{int(m[2]) // 3 * 2 + 1}"),
+    ("^decoder[.]out", "out"),
+    ("^lang_proj", "text_up"),
+]
+UNIVLA_SETS = {  # the same, of the sets of codes, by its stage
+    1: [
+        ("^action_latent$", "codes.queries"),
+        ("^to_codebook[.]", "codes.project."),
+        ("^vq[.]codebook[.]weight", "codes.quantiser.codebook"),
+        ("^action_up[.]", "codes.up."),
+    ],
+    2: [
+        ("^action_latent_controllable$", "codes.queries"),
+        ("^to_codebook[.]", "codes.project."),
+        ("^vq_action[.]codebook[.]weight", "codes.quantiser.codebook"),
+        ("^action_up[.]", "codes.up."),
+        ("^action_latent$", "irrelevant.queries"),
+        ("^to_codebook_uncontrol[.]", "irrelevant.project."),
+        ("^vq[.]codebook[.]weight", "irrelevant.quantiser.codebook"),
+        ("^action_up_uncontrol[.]", "irrelevant.up."),
+    ],
+}
+
+
+def univla_tensors(path):
+    """{our name: tensor} of a checkpoint file of UniVLA (stage 1 or 2), DINOv2 included, T5 not.
+
+    Raises ValueError when it holds more than tensors, saying what and how to save the weights alone.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        more = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        raise ValueError(
+            f"{path} holds more than tensors: {', '.join(more)}. Loading that runs code of its author. If you trust "
+            f"it, save its weights alone:\n    state = torch.load('{path}', weights_only=False)['state_dict']\n"
+            f"    torch.save({{'state_dict': state}}, 'weights.ckpt')\nand give --init-from weights.ckpt"
+        ) from error
+    if "state_dict" not in state:
+        raise ValueError(
+            f"{path} has no 'state_dict', only {list(state)[:5]}; it must be a Lightning checkpoint of UniVLA"
+        )
+    state = {name: t for name, t in state["state_dict"].items() if "text_encoder" not in name}
+    names = UNIVLA_NAMES + UNIVLA_SETS[2 if "lam.vq_action.codebook.weight" in state else 1]
+    tensors = {}
+    for name, tensor in state.items():
+        for pattern, ours in names:
+            name = re.sub(pattern, ours, name)
+        tensors[name] = tensor[0, 0] if name.endswith("queries") else tensor
+    for name in [name for name in tensors if ".attn.qkv." in name]:  # one matrix there, three in transformers
+        for letter, part in zip("qkv", tensors.pop(name).chunk(3), strict=True):
+            tensors[name.replace("attn.qkv", f"attention.{letter}_proj")] = part
+    for name in [name for name in tensors if "_attn.to_q." in name]:  # three matrices there, one here
+        parts = [name.replace("to_q", f"to_{letter}") for letter in "qkv"]
+        if all(part in tensors for part in parts):
+            tensors[name.replace("_attn.to_q", ".qkv")] = torch.cat([tensors.pop(part) for part in parts])
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
 
 
 @dataclass(kw_only=True)
@@ -465,6 +862,8 @@ class Training:
     """folders of RLDS data sets"""
     out: Path
     """new folder for the model: config.json, model.safetensors, dataset_statistics.json, log.jsonl"""
+    resume: bool = False
+    """continue the training in --out from its last save; without one, start it (again)"""
     cache: Path = CACHE
     """where indices are kept"""
     max_steps: int = 1000
@@ -477,24 +876,207 @@ class Training:
     """share of the episodes that is held out and measured at the end"""
     chunk: int = 8
     """actions per chunk"""
+    save_every: int = 1000
+    """steps between saves"""
     seed: int = 0
     """of initialisation, order, masks and split"""
+    num_workers: int = 0
+    """processes per rank that decode images (0: the training process itself)"""
+    wandb_project: str = ""
+    """log to this wandb project too"""
 
 
 @dataclass(kw_only=True)
 class Lam(LamSizes, Training):
+    init_from: Path | None = None
+    """start from the model in this folder, or from a checkpoint file of UniVLA; stage 2 needs a stage 1"""
     action_fraction: float = 0.05
-    """share of the steps whose actions the action head sees"""
+    """share of the steps whose actions the action head of stages 0 and 2 sees (0: no head)"""
 
 
 @dataclass(kw_only=True)
 class Tokenizer(Training):
-    max_steps: int = 1500
-    """optimizer steps"""
     num_codes: int = 256
     """codes in the codebook"""
     code_dim: int = 128
     """width of a code, and of the encoder"""
+    patience: int = 50
+    """updates after which a code that nothing chose is restarted"""
+
+
+FREE_TO_CHANGE = {
+    "resume",
+    "out",
+    "data",
+    "cache",
+    "num_workers",
+    "save_every",
+    "wandb_project",
+}  # of a resumed training
+
+
+def check(config, world):
+    """Raises ValueError for a setting that cannot work."""
+    least = {"max_steps": 0 if getattr(config, "init_from", None) else 1, "heads": 1, "patience": 1, "save_every": 1}
+    least |= {name: 1 for name in ("global_batch_size", "chunk", "delta", "num_codes", "codes_per_step", "num_blocks")}
+    for name, value in least.items():
+        if getattr(config, name, value) < value:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {value}")
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
+    if config.global_batch_size % world:
+        raise ValueError(f"global_batch_size is {config.global_batch_size}; {world} processes cannot share it equally")
+    if isinstance(config, Lam):
+        check_lam(config)
+
+
+def check_lam(config):
+    if not 0 <= config.action_fraction <= 1:
+        raise ValueError(f"action_fraction is {config.action_fraction}; it must be in [0, 1]")
+    if config.num_codes > 256:
+        raise ValueError(f"num_codes is {config.num_codes}; labels hold codes in one byte, so at most 256")
+    if config.width % (2 * config.heads):
+        raise ValueError(f"width is {config.width}; it must be a multiple of 2 x heads, {2 * config.heads}")
+    if config.stage == 2 and not config.init_from:
+        raise ValueError(
+            "stage is 2 but init_from is not given; it needs a stage 1: "
+            "python latent.py lam --stage 1 --data DIR --out DIR1, then --stage 2 --init-from DIR1"
+        )
+
+
+def lam_and_samples(config, indices, stats, ranks):
+    """(the model, function (episodes of each data set) -> its samples)"""
+    sizes = LamSizes(**{field.name: getattr(config, field.name) for field in fields(LamSizes)})
+    instructions = [text for index in indices for text in index.instructions]
+    texts = text_states(config.text, instructions, ranks.device) if config.stage == 1 else None
+    widths = [index.columns["action"].shape[1] for index in indices if "action" in index.columns]
+    if len(set(widths)) > 1:
+        raise ValueError(f"actions have sizes {widths} in these data sets; they cannot be mixed")
+    supervised = config.stage != 1 and config.action_fraction > 0 and widths
+    action_size = widths[0] if supervised else 0
+    text_size = next(iter(texts.values())).shape[1] if texts else 0
+    model = LatentActionModel(sizes, text_size, config.chunk * action_size, config.seed)
+    if config.init_from:
+        initialise(model, config.init_from)
+    of = dict(texts=texts, chunk=config.chunk, action_size=action_size, action_fraction=config.action_fraction)
+    return model, lambda parts: FramePairs(indices, stats, model, **of, seed=config.seed, episodes=parts)
+
+
+def tokenizer_and_samples(config, indices, stats, ranks):
+    """(the model, function (episodes of each data set) -> its samples)"""
+    for index in indices:
+        if "action" not in index.columns:
+            raise ValueError(f"{index.name} has no steps feature 'action', only {list(index.columns)}")
+    sizes = config.chunk, indices[0].columns["action"].shape[1], config.num_codes, config.code_dim
+    model = ActionTokenizer(*sizes, patience=config.patience, seed=config.seed)
+    return model, lambda parts: MaskedChunks(indices, stats, [], config.chunk, config.seed, episodes=parts)
+
+
+def train(config, ranks):
+    """Trains the model that `config` describes, saves it in config.out and measures it on held-out episodes."""
+    check(config, ranks.world)
+    indices = [open_index(path, config.cache) for path in config.data]
+    stats = [statistics(index) for index in indices]
+    torch.manual_seed(config.seed)
+    kind, make = ("lam", lam_and_samples) if isinstance(config, Lam) else ("tokenizer", tokenizer_and_samples)
+    model, samples = make(config, indices, stats, ranks)
+    split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
+    training = samples([kept for kept, _ in split])
+    held_out = samples([held if len(held) else kept for kept, held in split])
+    description = {"kind": kind, "model": model.config, "training": common.plain(config), "commit": common.commit()}
+    description |= {"data": [{"name": i.name, "fingerprint": i.fingerprint} for i in indices], "targets": []}
+    resuming = common.prepare_run(config.out, config.resume, ranks.main, description, "training", FREE_TO_CHANGE)
+    if ranks.main:
+        named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
+        common.write_json(config.out / "dataset_statistics.json", named)
+    fit(model.to(ranks.device), training, config, ranks, resuming)
+    report = measure(model, held_out, ranks.device, config.global_batch_size)
+    words = (f"{name} {np.round(value, 4).tolist()}" for name, value in report.items())
+    common.print0("On held-out episodes: " + ", ".join(words))
+    if kind == "tokenizer":
+        common.print0(beside_kmeans(model, training, held_out))
+    next_step = {
+        "lam": f"latent.py label --data {config.data[0]} --lam {config.out}",
+        "tokenizer": f"train.py --variant la_tok --data {config.data[0]} --tokenizer {config.out}",
+    }
+    if getattr(config, "stage", 0) == 1:
+        next_step["lam"] = f"latent.py lam --stage 2 --init-from {config.out} --data {config.data[0]} --out DIR"
+    common.print0(f"{config.out} is ready. Next: python {next_step[kind]}")
+
+
+def fit(model, samples, config, ranks, resuming=False):
+    """config.max_steps updates of `model`; one line of the log for each; saved now and then, and at the end."""
+    net = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
+    optimizer = torch.optim.AdamW(common.parameter_groups(model.train(), WEIGHT_DECAY))
+    first = common.restore_training(config.out, model, optimizer) if resuming else 0
+    batch_size, steps = config.global_batch_size, config.max_steps
+    log, meter = common.Log(config.out, ranks.main, first, config.wandb_project, common.plain(config)), common.Meter()
+    rows = StepBatches(first, steps, batch_size, batch_size // ranks.world, ranks.rank, ranks.world)
+    cuda = ranks.device.type == "cuda"
+    batches = DataLoader(samples, batch_sampler=rows, num_workers=config.num_workers, pin_memory=cuda)
+    bar = tqdm(enumerate(batches, first), initial=first, total=steps, disable=not ranks.main)
+    for step, batch in bar:
+        lr = common.learning_rate(step, steps, config.learning_rate, "cosine", warmup_ratio=0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if isinstance(model, ActionTokenizer) and step == int(REFIT * steps):
+            model.refit(samples)
+        result = net(common.to_device(batch, ranks.device))
+        optimizer.zero_grad()
+        result["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        entry = summary([result], model.num_codes) | {"lr": lr, "samples_per_s": meter.tick(batch_size)}
+        log.write(step=step, **entry)
+        codes = f"codes {min(entry['usage'])}/{model.num_codes}"
+        bar.set_postfix_str(f"loss {entry['loss']:.4f}, {codes}, {entry['samples_per_s']:.0f} samples/s", refresh=False)
+        if ranks.main and (step + 1) % config.save_every == 0 and step + 1 < steps:
+            common.save_training(config.out, model, optimizer, step + 1)
+            save_model(config.out, model)
+    log.close()
+    if ranks.main:
+        common.save_training(config.out, model, optimizer, steps)
+        save_model(config.out, model)
+
+
+@torch.no_grad()
+def measure(model, samples, device, batch_size):
+    """`summary` over every sample once, at most `MEASURED`, in evaluation mode."""
+    model.eval()
+    loader = DataLoader(samples, batch_size, sampler=range(min(samples.epoch_length, MEASURED)))
+    return summary([model(common.to_device(batch, device)) for batch in loader], model.num_codes)
+
+
+def summary(results, num_codes):
+    """Of `forward`'s results: means of the scalars over all processes, usage and perplexity per code position."""
+    names = [name for name in results[0] if name != "codes"]
+    means = torch.stack([torch.stack([result[name].detach() for name in names]) for result in results]).mean(0)
+    counts = code_counts(torch.cat([result["codes"] for result in results]), num_codes)
+    used, perplexity = code_usage(common.all_sum(counts))
+    entry = dict(zip(names, common.all_mean(means).tolist(), strict=True))
+    return entry | {"usage": used.tolist(), "perplexity": perplexity.tolist()}
+
+
+@torch.no_grad()
+def beside_kmeans(tokenizer, training, held_out):
+    """Lines for print: codes in use and squared error of the tokenizer, beside as many k-means of the training actions,
+    which are the floor for one code per step that sees that step alone."""
+    means, lines = None, []
+    for name, samples in (("training episodes", training), ("held-out episodes", held_out)):
+        loader = DataLoader(samples, 64, sampler=range(min(samples.epoch_length, CHUNKS)))
+        batch = {key: torch.cat([part[key] for part in loader]) for key in ("actions", "valid")}
+        actions, valid = (batch[key].to(tokenizer.project.weight.device) for key in ("actions", "valid"))
+        codes, _ = tokenizer.encode(actions, valid)
+        error = (tokenizer.decode(codes) - actions)[valid].square().mean().item()
+        means = kmeans(actions[valid], tokenizer.num_codes) if means is None else means
+        floor = torch.cdist(actions[valid], means).amin(1).square().mean().item() / actions.shape[2]
+        used = f"{len(codes[valid].unique())} of {tokenizer.num_codes} codes in use"
+        lines.append(f"On {name}: {used}, squared error {error:.5f}, {error / floor:.2f} times k-means' {floor:.5f}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labelling
 
 
 @dataclass(kw_only=True)
@@ -509,136 +1091,95 @@ class Label:
     """where indices are kept"""
     batch_size: int = 64
     """frames, and pairs, encoded at once"""
+    num_workers: int = 0
+    """processes per rank that decode images (0: the labelling process itself)"""
 
 
-def check(config, world):
-    """Raises ValueError for a setting that cannot work."""
-    for name in ("max_steps", "global_batch_size", "chunk", "delta", "num_codes"):
-        if getattr(config, name, 1) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if not 0 <= config.val_fraction < 1:
-        raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
-    if not 0 < getattr(config, "action_fraction", 1) <= 1:
-        raise ValueError(f"action_fraction is {config.action_fraction}; it must be in (0, 1]")
-    if isinstance(config, Lam) and config.num_codes > 256:
-        raise ValueError(f"num_codes is {config.num_codes}; labels hold codes in one byte, so at most 256")
-    if config.global_batch_size % world:
-        raise ValueError(f"global_batch_size is {config.global_batch_size}; {world} processes cannot share it equally")
+class EpisodeFrames(torch.utils.data.Dataset):
+    """(episode, its frames u8 [n, h, w, 3] in the size that the features read) of some episodes."""
 
+    def __init__(self, index, model, episodes):
+        self.index, self.model, self.episodes = index, model, episodes
 
-def train(config, ranks):
-    """Trains the model that `config` describes, saves it in config.out and measures it on held-out episodes."""
-    check(config, ranks.world)
-    indices = [open_index(path, config.cache) for path in config.data]
-    stats = [statistics(index) for index in indices]
-    action_size = indices[0].columns["action"].shape[1]
-    torch.manual_seed(config.seed)
-    if isinstance(config, Lam):
-        sizes = LamSizes(**{field.name: getattr(config, field.name) for field in fields(LamSizes)})
-        model = LatentActionModel(sizes, config.chunk * action_size, config.seed)
-        samples = functools.partial(FramePairs, model=model, action_fraction=config.action_fraction)
-        kind, command = "lam", f"latent.py label --data {config.data[0]} --lam {config.out}"
-    else:
-        model = ActionTokenizer(config.chunk, action_size, config.num_codes, config.code_dim, config.seed)
-        samples = MaskedChunks
-        kind, command = "tokenizer", f"train.py --variant la_tok --data {config.data[0]} --tokenizer {config.out}"
-    split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
-    parts = [training for training, _ in split], [held if len(held) else training for training, held in split]
-    training, held_out = (samples(indices, stats, [], config.chunk, config.seed, episodes=part) for part in parts)
-    if ranks.main:
-        common.new_directory(config.out)
-    fit(model.to(ranks.device), training, config, ranks)
-    if ranks.main:
-        save_model(config.out, kind, model, common.plain(config))
-        named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
-        common.write_json(config.out / "dataset_statistics.json", named)
-    report = measure(model, held_out, ranks.device, config.global_batch_size)
-    words = (f"{name} {np.round(value, 4).tolist()}" for name, value in report.items())
-    common.print0("On held-out episodes: " + ", ".join(words))
-    common.print0(f"{config.out} is ready. Next: python {command}")
+    def __len__(self):
+        return len(self.episodes)
 
-
-def fit(model, samples, config, ranks):
-    """config.max_steps updates of `model`; one line of the log for each."""
-    net = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model.train()
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, WEIGHT_DECAY))
-    batch_size, log, meter = config.global_batch_size, common.Log(config.out, ranks.main), common.Meter()
-    rows = StepBatches(0, config.max_steps, batch_size, batch_size // ranks.world, ranks.rank, ranks.world)
-    bar = tqdm(DataLoader(samples, batch_sampler=rows), disable=not ranks.main)
-    for step, batch in enumerate(bar):
-        lr = common.learning_rate(step, config.max_steps, config.learning_rate, "cosine", warmup_ratio=0.05)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        result = net(*(batch[name].to(ranks.device) for name in model.inputs))
-        optimizer.zero_grad()
-        result["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        entry = summary([result], model.num_codes) | {"lr": lr, "samples_per_s": meter.tick(batch_size)}
-        log.write(step=step, **entry)
-        codes = f"codes {min(entry['usage'])}/{model.num_codes}"
-        bar.set_postfix_str(f"loss {entry['loss']:.4f}, {codes}, {entry['samples_per_s']:.0f} samples/s", refresh=False)
-    log.close()
+    def __getitem__(self, number):
+        episode = self.episodes[number]
+        steps = range(*self.index.starts[episode : episode + 2])
+        frames = [self.model.features.read(self.index.image(self.model.sizes.camera, step)) for step in steps]
+        return episode, torch.from_numpy(np.stack(frames))
 
 
 @torch.no_grad()
-def measure(model, samples, device, batch_size):
-    """`summary` over every sample once, in evaluation mode."""
-    model.eval()
-    loader = DataLoader(samples, batch_size, sampler=range(samples.epoch_length))
-    return summary([model(*(batch[name].to(device) for name in model.inputs)) for batch in loader], model.num_codes)
+def encode_episode(model, frames, batch_size, text=None):
+    """Codes u8 [n, P] and c f16 [n, P, d] of an episode's frames u8 [n, h, w, 3]; each frame's features once.
+
+    text: of stage 1, the instruction's states [length, width].
+    """
+    device, count = model.patch_up.weight.device, len(frames)
+    features = torch.cat([model.features(part.to(device)) for part in frames.split(batch_size)])  # [n, N, F]
+    later = torch.arange(count).add(model.sizes.delta).clamp(max=count - 1)
+    codes, vectors = [], []
+    for at in range(0, count, batch_size):
+        a, b = features[at : at + batch_size], features[later[at : at + batch_size]]
+        words = () if text is None else (text.expand(len(a), -1, -1), torch.ones(len(a), len(text), dtype=torch.bool))
+        for found, part in zip((codes, vectors), model.encode(a, b, *(word.to(device) for word in words)), strict=True):
+            found.append(part)
+    return torch.cat(codes).to("cpu", torch.uint8), torch.cat(vectors).to("cpu", torch.float16)
 
 
-def summary(results, num_codes):
-    """Of `forward`'s results: means of the scalars over all processes, usage and perplexity per code position."""
-    names = [name for name in results[0] if name != "codes"]
-    means = torch.stack([torch.stack([result[name].detach() for name in names]) for result in results]).mean(0)
-    used, perplexity = code_usage(torch.cat([result["codes"] for result in results]), num_codes)
-    entry = dict(zip(names, common.all_mean(means).tolist(), strict=True))
-    return entry | {"usage": used.tolist(), "perplexity": perplexity.tolist()}
-
-
-@torch.no_grad()
-def encode_episode(model, frames, batch_size):
-    """Codes i64 [n, P] and vectors f32 [n, P, d] of an episode's n frames (u8 arrays); each frame's features once."""
-    device = model.queries.device
-    parts = [torch.from_numpy(np.stack(frames[at : at + batch_size])) for at in range(0, len(frames), batch_size)]
-    features = torch.cat([model.features(part.to(device)) for part in parts])  # [n, N, F]
-    later = features[torch.arange(len(frames)).add(model.delta).clamp(max=len(frames) - 1)]  # [n, N, F]
-    pairs = zip(features.split(batch_size), later.split(batch_size), strict=True)
-    codes, vectors = zip(*(model.encode(a, b) for a, b in pairs), strict=True)
-    return torch.cat(codes), torch.cat(vectors)
-
-
-def label_steps(index, model, batch_size, rank=0, world=1):
-    """codes u8 [S, P] and vectors f32 [S, P, d] of every step; each process encodes its own part of the episodes."""
-    check_camera(model, index)
-    codes = torch.zeros(len(index), model.num_queries, dtype=torch.uint8, device=model.queries.device)
-    vectors = torch.zeros(*codes.shape, model.dim, device=codes.device)
-    with tqdm(total=len(index) // world, unit=" samples", disable=rank > 0) as bar:
-        for episode in range(rank, len(index.starts) - 1, world):
-            start, end = index.starts[episode : episode + 2]
-            frames = [model.features.read(index.image(model.camera, step)) for step in range(start, end)]
-            codes[start:end], vectors[start:end] = encode_episode(model, frames, batch_size)
-            bar.update(len(frames))
-    return common.all_sum(codes), common.all_sum(vectors)
+def label_episodes(index, model, episodes, batch_size=64, texts=None, num_workers=0):
+    """Yields (codes u8 [n, P], c f16 [n, P, d]) of each of some episodes, in order. texts: of stage 1."""
+    loader = DataLoader(EpisodeFrames(index, model, episodes), batch_size=None, num_workers=num_workers)
+    for episode, frames in loader:
+        yield encode_episode(model, frames, batch_size, texts and texts[index.instructions[episode]])
 
 
 def label(config, ranks):
-    """Writes the file that `data.load_labels` reads. Raises FileExistsError rather than replace one."""
+    """Writes the file that `data.load_labels` reads, in parts that a stopped labelling finds again.
+
+    Raises FileExistsError rather than replace a file.
+    """
     index, model = open_index(config.data, config.cache), load_lam(config.lam).to(ranks.device)
+    check_video(model.sizes, index)
+    texts = text_states(model.sizes.text, index.instructions, ranks.device) if model.sizes.stage == 1 else None
     out = config.out or index.cache / "labels.safetensors"
     if out.exists():
         raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    codes, vectors = label_steps(index, model, config.batch_size, ranks.rank, ranks.world)
-    used, perplexity = code_usage(codes.long(), model.num_codes)
+    parts = out.with_name(out.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    about = {
+        "data": index.fingerprint,
+        "lam": fingerprint(config.lam),
+        "delta": model.sizes.delta,
+        "num_codes": model.num_codes,
+    }
+    groups = [range(at, min(at + PART, len(index.starts) - 1)) for at in range(0, len(index.starts) - 1, PART)]
+    paths = [parts / f"{group[0]}.safetensors" for group in groups]
+    steps = lambda group: int(index.starts[group[-1] + 1] - index.starts[group[0]])  # noqa: E731
+    mine = list(zip(groups, paths, strict=True))[ranks.rank :: ranks.world]
+    with tqdm(total=sum(steps(group) for group, _ in mine), unit=" samples", disable=not ranks.main) as bar:
+        for group, path in mine:
+            if path.exists() and common.load_tensors(path)[1] == {k: str(v) for k, v in about.items()}:
+                bar.update(steps(group))
+                continue
+            found = []
+            for codes, vectors in label_episodes(index, model, group, config.batch_size, texts, config.num_workers):
+                found.append((codes, vectors))
+                bar.update(len(codes))
+            codes, vectors = map(torch.cat, zip(*found, strict=True))
+            common.save_tensors(path, {"codes": codes, "vectors": vectors}, **about)
+    common.barrier()
     if ranks.main:
-        info = {"lam": fingerprint(config.lam), "delta": model.delta, "num_codes": model.num_codes}
-        common.save_tensors(out, {"codes": codes, "vectors": vectors.half()}, data=index.fingerprint, **info)
-    report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
-    common.print0(f"{out}: {len(index)} steps, {report}")
-    common.print0(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
+        loaded = [common.load_tensors(path)[0] for path in paths]
+        tensors = {name: torch.cat([part[name] for part in loaded]) for name in ("codes", "vectors")}
+        common.save_tensors(out, tensors, **about)
+        shutil.rmtree(parts)
+        used, perplexity = code_usage(code_counts(tensors["codes"].long(), model.num_codes))
+        report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
+        print(f"{out}: {len(index)} steps, {report}")
+        print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
 
 
 def main():

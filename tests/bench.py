@@ -1,6 +1,8 @@
 """Speed, measured; not run by pytest. Every mode compares two ways with the same weights in the same run.
 
     python tests/bench.py eval runs/NAME          # eval.py against the field's loop: one simulator, drawing always
+    python tests/bench.py label                   # latent.py label against one frame pair at a time
+    python tests/bench.py label --full --steps 32 # the same at the paper's size, random weights
 
 Prints a table and writes it as JSON (--out). Times on a shared machine mean little; their ratios within one run do.
 """
@@ -8,10 +10,11 @@ Prints a table and writes it as JSON (--out). Times on a shared machine mean lit
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -115,10 +118,72 @@ def bench_eval(config):
     return {"rows": rows, "ratio": ratio, "same_outcomes": same}
 
 
+@dataclass
+class Label:
+    """Labelled steps per second of latent.py label against one frame pair at a time, both frames read and encoded."""
+
+    data: Path = Path("data/libero_tiny")
+    """folder of an RLDS data set"""
+    full: bool = False
+    """the paper's size: DINOv2 ViT-B/14 at 224 px, 12 + 12 blocks of width 768; random weights either way"""
+    steps: int = 512
+    """labelled steps"""
+    batch_size: int = 64
+    """frames, and pairs, encoded at once by latent.py"""
+    out: Path = Path("bench-label.json")
+    """where the table goes"""
+
+
+VIT_B = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518)
+PAPER = dict(features="dinov2", image_size=224, width=768, num_blocks=12, heads=12, code_dim=128)
+
+
+@torch.no_grad()
+def one_pair_at_a_time(index, model, device):
+    """codes [n, P] of every step of one episode, in the published way: each frame is read and encoded for each pair."""
+    found = []
+    for step in range(len(index)):
+        places = step, min(step + model.sizes.delta, len(index) - 1)
+        frames = [torch.from_numpy(model.features.read(index.image("image", place)).copy())[None] for place in places]
+        codes, _ = model.encode(*(model.features(frame.to(device)) for frame in frames))
+        found.append(codes.cpu())
+    return torch.cat(found)
+
+
+def bench_label(config, device):
+    """Both ways on the same steps, as one long episode, after a warm-up; prints steps per second and equal codes."""
+    from data import open_index
+    from latent import LamSizes, LatentActionModel, label_episodes
+
+    torch.manual_seed(0)
+    whole = open_index(config.data)
+    index, warm = (replace(whole, starts=np.array([0, min(n, len(whole))])) for n in (config.steps, 8))
+    sizes, vit = (LamSizes(**PAPER), VIT_B) if config.full else (LamSizes(), None)
+    model = LatentActionModel(sizes, features_config=vit).to(device).eval()
+    model.codes.quantiser.start_at(0.1 * torch.randn(sizes.num_codes, sizes.code_dim))
+    ways = {
+        "one pair at a time": lambda index: one_pair_at_a_time(index, model, device),
+        "latent.py label": lambda index: next(label_episodes(index, model, [0], config.batch_size))[0],
+    }
+    rows, codes = {}, []
+    for name, way in ways.items():
+        way(warm)
+        clock = time.perf_counter()
+        codes.append(way(index))
+        rows[name] = {"steps_per_s": len(index) / (time.perf_counter() - clock)}
+        print(f"{name:20} {rows[name]['steps_per_s']:10.2f} steps/s")
+    first, second = (row["steps_per_s"] for row in rows.values())
+    same = (codes[0] == codes[1]).float().mean().item()
+    print(
+        f"ratio {second / first:.2f}; {100 * same:.1f} % of the codes are the same; {torch.get_num_threads()} thread(s)"
+    )
+    return {"rows": rows, "ratio": second / first, "same_codes": same}
+
+
 def main():
-    config = tyro.extras.subcommand_cli_from_dict({"eval": Eval}, description=__doc__)
-    start_ranks()
-    result = bench_eval(config)
+    config = tyro.extras.subcommand_cli_from_dict({"eval": Eval, "label": Label}, description=__doc__)
+    device = start_ranks().device
+    result = bench_eval(config) if isinstance(config, Eval) else bench_label(config, device)
     config.out.write_text(json.dumps(result | {"command": sys.argv}, indent=1) + "\n")
 
 

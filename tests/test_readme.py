@@ -1,25 +1,13 @@
 """Every command of the README runs as printed; only its size and the places that it writes to are changed."""
 
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.replace("\\\n", " ").strip().splitlines()]
-
-
-def printed(start):
-    """The README's one command that is this, or begins like this, without the installation; as a list of words."""
-    commands = [line.split(" && ")[-1] for line in COMMANDS]
-    (found,) = [c for c in commands if c == start] or [c for c in commands if c.startswith(start)]
-    return shlex.split(found)
+from conftest import BLOCKS, COMMANDS, ROOT, printed, run_script_here
 
 
 def run(words, *small, **replaced):
@@ -30,6 +18,13 @@ def run(words, *small, **replaced):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run_here(words, *small, **replaced):
+    """The same in this process, for a script that another test below starts in one of its own."""
+    done = run_script_here(*[replaced.get(word, word) for word in words[1:]], *small)
+    assert words[0] == "python" and done.code == 0, done.text
+    return done.text
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +39,11 @@ def trained(tmp_path_factory):
 def test_every_command_is_tested_here():
     """A command added to the README needs a test below."""
     starts = {" ".join(line.split(" && ")[-1].split()[:2]) for line in COMMANDS}
-    tested = {"python " + name for name in ("eval.py", "data.py", "demos.py", "latent.py", "-m")}
+    tested = {"python " + name for name in ("eval.py", "data.py", "demos.py", "latent.py", "probe.py", "-m")}
     assert starts == tested | {"torchrun --standalone"}
     assert sum("train.py" in line for line in COMMANDS) == 2
     assert sum("eval.py" in line for line in COMMANDS) == 4
+    assert sum("latent.py" in line for line in COMMANDS) == 5
 
 
 def test_requirements_are_pinned():
@@ -64,21 +60,21 @@ def test_evaluation_and_comparison(trained):
     assert re.search(r"put the bowl on the plate +0/1 +0\.0 % +0\.0 to +79\.3 % +1/1", text)
     (trained / "eval.jsonl").write_bytes((trained / "eval-blind.jsonl").read_bytes())
     replaced = {"RUN": str(trained), "RUN/eval-blind.jsonl": str(trained / "eval-blind.jsonl")}
-    text = run(printed("python eval.py --compare"), **replaced)
+    text = run_here(printed("python eval.py --compare"), **replaced)
     assert "minus A:   +0.0 (-65.3 to +65.3), p = 1" in text and (trained / "compare.png").exists()
 
 
 def test_other_suites(trained, tmp_path):
     """The suites' command plays one episode of all that it names and reports it."""
     small = ["--trials", 1, "--shard", "1/16", "--blind", "--out", tmp_path / "eval.jsonl"]
-    text = run(printed("python eval.py RUN --suite"), *small, RUN=str(trained))
+    text = run_here(printed("python eval.py RUN --suite"), *small, RUN=str(trained))
     assert re.search(r"libero_goal, starts widened by 0.06 m\n.*\nput the bowl on the stove +0/1", text)
 
 
 def test_replay_of_the_embedded_data(tmp_path):
     """Every 30th recorded episode succeeds when its actions are played through normalisation and back."""
     small = ["--shard", "1/30", "--cache", tmp_path]
-    assert re.search(r"all tasks +2/2 +100.0 %", run(printed("python eval.py --replay"), *small))
+    assert re.search(r"all tasks +2/2 +100.0 %", run_here(printed("python eval.py --replay"), *small))
 
 
 def test_policy_example(trained):
@@ -95,28 +91,44 @@ def test_looking_at_data():
     assert "60 episodes, 3741 steps" in run(printed("python data.py"))
 
 
-def test_demonstrations_can_be_made_and_trained_on(tmp_path):
-    """The demonstrations' command, for one episode, writes a data set that trains."""
-    data = tmp_path / "demos"
-    run(printed("python demos.py"), "--task-ids", 8, "--episodes", 1, "--trials", 1, "--procs", 1, "--out", data)
-    run(["python", "train.py"], "--variant", "baseline", "--data", data, "--cache", tmp_path, "--val-fraction", 0,
-        "--max-steps", 2, "--out", tmp_path / "run")  # fmt: skip
+def test_demonstrations_can_be_made_and_trained_on(demonstrations, tmp_path):
+    """The demonstrations' command, for two episodes (and killed between them), writes a data set that trains."""
+    data, text = demonstrations
+    assert f"{data}: 2 episodes" in text
+    run_here(["python", "train.py"], "--variant", "baseline", "--data", data, "--cache", tmp_path, "--val-fraction", 0,
+        "--num-workers", 0, "--max-steps", 2, "--out", tmp_path / "run")  # fmt: skip
 
 
 def test_latent_commands(tmp_path):
-    """Model, labels and tokenizer are made by the three commands, and each is used by the next."""
-    lam, labels, tokenizer = tmp_path / "lam", tmp_path / "labels.safetensors", tmp_path / "tokenizer"
-    run(printed("python latent.py lam"), "--max-steps", 2, "--out", lam)
-    run(printed("python latent.py label"), "--lam", lam, "--out", labels)
-    run(printed("python latent.py tokenizer"), "--max-steps", 2, "--out", tokenizer)
-    small = ["--max-steps", 2, "--val-fraction", 0]
-    run(["python", "train.py"], "--variant", "la_direct", "--labels", labels, "--out", tmp_path / "direct", *small)
-    run(["python", "train.py"], "--variant", "la_tok", "--tokenizer", tokenizer, "--out", tmp_path / "tok", *small)
+    """Both stages, labels and tokenizer are made by the four commands, each is used by the next, all by the probe."""
+    first, lam, labels, tokenizer = (tmp_path / name for name in ("lam1", "lam", "labels.safetensors", "tokenizer"))
+    replaced = {"runs/lam1": str(first), "runs/lam": str(lam), "runs/tokenizer": str(tokenizer)}
+    replaced["runs/labels.safetensors"] = str(labels)
+    run(printed("python latent.py lam --stage 1"), "--max-steps", 2, **replaced)
+    run_here(printed("python latent.py lam --stage 2"), "--max-steps", 2, **replaced)
+    run_here(printed("python latent.py label"), **replaced)
+    run_here(printed("python latent.py tokenizer"), "--max-steps", 2, **replaced)
+    assert "transfer to another episode" in run(printed("python probe.py"), "--max-episodes", 9, **replaced)
+    assert (lam / "codes.png").exists() and (lam / "probe.json").exists()
+    small = ["--max-steps", 2, "--val-fraction", 0, "--num-workers", 0]
+    run_here(["python", "train.py"], "--variant", "la_direct", "--labels", labels, "--out", tmp_path / "direct", *small)
+    run_here(["python", "train.py"], "--variant", "la_tok", "--tokenizer", tokenizer, "--out", tmp_path / "tok", *small)
+
+
+def test_latent_actions_at_the_papers_size(dino, t5, tmp_path):
+    """The command with DINOv2 and T5, both small and random, on the embedded data and one process."""
+    words = printed("torchrun --standalone --nproc-per-node 8 latent.py")
+    small = {"--nproc-per-node": "1", "--width": "24", "--num-blocks": "1", "--code-dim": "8", "--num-workers": "1"}
+    small |= {"--image-size": "28", "--data": "data/libero_tiny", "--out": str(tmp_path / "lam"), "--max-steps": "1"}
+    small |= {"--features": str(dino), "--text": str(t5)}
+    for flag, value in small.items():
+        words[words.index(flag) + 1] = value
+    assert "--stage 2 --init-from" in run(words, "--global-batch-size", 2)
 
 
 def test_the_papers_setting(checkpoint, tmp_path):
     """The full-size command, with a small random checkpoint, the embedded data and one process."""
-    words = printed("torchrun --standalone --nproc-per-node 8")
+    words = printed("torchrun --standalone --nproc-per-node 8 train.py")
     words[words.index("--global-batch-size") + 1] = "2"
     words[words.index("8")] = "1"
     replaced = {"libero_goal_no_noops": "data/libero_tiny", "80000": "1"}

@@ -1,0 +1,283 @@
+"""UniVLA's checkpoints load: against an independent reading of its model, plain functions over its state dict.
+
+B batch, T frames (2), S tokens of one frame's sequence, N patches (256), L text tokens, D width (768),
+H heads (12), E width of a head (64), P codes (4), C width of a code (128), K codebook size (16).
+"""
+
+import functools
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import latent
+
+D, H, P, C, K, N, DEPTH = 768, 12, 4, 128, 16, 256, 12
+STACKS = ("dino_encoder.blocks", "encoder.transformer_blocks", "decoder.transformer_blocks")
+ONLY = ("", "action_latent", "to_codebook", "vq", "action_up")  # key prefix, queries, down, quantiser, up
+CONTROLLABLE = ("", "action_latent_controllable", "to_codebook", "vq_action", "action_up")
+OTHER = ("other_", "action_latent", "to_codebook_uncontrol", "vq", "action_up_uncontrol")
+CODE_SETS = {1: [ONLY], 2: [CONTROLLABLE, OTHER]}  # in the order of the sequence
+
+
+def shapes(stage):
+    """{name: shape} of every tensor of the checkpoint of stage 1 or 2, but for stage 1's T5 (`text_encoder.*`)."""
+    bare = {"dino_encoder.cls_token": (1, 1, D), "dino_encoder.register_tokens": (1, 4, D)}
+    bare |= {"dino_encoder.mask_token": (1, D), "dino_encoder.pos_embed": (1, 1370, D)}
+    linears = {"dino_encoder.patch_embed.proj": (D, 3, 14, 14), "patch_up": (D, D), "decoder.out": (D, D)}
+    linears |= {"encoder.ffn.1": (D, D), "decoder.ffn.1": (D, D)} | ({"lang_proj": (D, D)} if stage == 1 else {})
+    norms = ["dino_encoder.norm", "encoder.ffn.0", "encoder.ffn.2", "decoder.ffn.0", "decoder.ffn.2"]
+    for _, queries, down, quantiser, up in CODE_SETS[stage]:
+        bare |= {queries: (1, 1, P, D), f"{quantiser}.codebook.weight": (K, C)}
+        linears |= {down: (C, D), up: (D, C)}
+    for dino, enc, dec in ([f"{stack}.{i}" for stack in STACKS] for i in range(DEPTH)):
+        bare |= {f"{dino}.ls1.gamma": (D,), f"{dino}.ls2.gamma": (D,)}
+        linears |= {f"{dino}.attn.qkv": (3 * D, D), f"{dino}.attn.proj": (D, D)}
+        for mlp in (f"{dino}.mlp.fc1", f"{enc}.ffn.0", f"{dec}.ffn.0"):
+            linears |= {mlp: (4 * D, D)}
+        for mlp in (f"{dino}.mlp.fc2", f"{enc}.ffn.3", f"{dec}.ffn.3"):
+            linears |= {mlp: (D, 4 * D)}
+        for attention in (f"{enc}.spatial_attn", f"{enc}.temporal_attn", f"{dec}.spatial_attn"):
+            bare |= {f"{attention}.to_{part}.weight": (D, D) for part in "qkv"}
+            linears |= {f"{attention}.to_out.0": (D, D)}
+        norms += [f"{name}.norm{n}" for name in (dino, enc, dec) for n in (1, 2)] + [f"{enc}.norm3"]
+    table = bare | {f"{name}.{part}": (D,) for name in norms for part in ("weight", "bias")}
+    table |= {f"{name}.weight": shape for name, shape in linears.items()}
+    table |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+    return {f"lam.{name}": shape for name, shape in table.items()}
+
+
+def mean_and_std(name, shape):
+    """Of the random tensor `name`: small matrices and biases, near-one norms, spread-out tokens and codes."""
+    if len(shape) == 1 and not name.endswith("bias"):  # LayerScale or LayerNorm
+        return (0.5 if name.endswith("gamma") else 1.0), 0.1
+    if name.endswith(".codebook.weight"):
+        return 0.0, 1.0
+    return 0.0, (0.5 if any(part in name for part in ("_token", "pos_embed", "action_latent")) else 0.02)
+
+
+def random_state(stage, seed=0):
+    """A state dict of the names and shapes of `shapes(stage)`, f32, with activations of order one in every block."""
+    generator = torch.Generator().manual_seed(seed)
+    table = shapes(stage).items()
+    return {name: torch.empty(shape).normal_(*mean_and_std(name, shape), generator=generator) for name, shape in table}
+
+
+def linear(p, name, x):
+    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+
+def norm(p, name, x, eps=1e-5):
+    return F.layer_norm(x, (D,), p[f"{name}.weight"], p[f"{name}.bias"], eps)
+
+
+def attend(q, k, v, visible):
+    """Softmax attention of 12 heads; `visible` broadcasts over the scores, False hides a key from a query."""
+    q, k, v = (x.unflatten(-1, (H, -1)).transpose(-3, -2) for x in (q, k, v))  # [..., H, S, E]
+    scores = q @ k.mT * q.shape[-1] ** -0.5  # [..., H, S, S]
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(-3, -2).flatten(-2)  # [..., S, D]
+
+
+def dino_positions(p):
+    """The 37 x 37 table resampled to the 16 x 16 patches of 224 pixels, behind the class position: [1, 1 + N, D]."""
+    first, grid = p["dino_encoder.pos_embed"].split([1, 37 * 37], dim=1)
+    grid = grid.mT.unflatten(-1, (37, 37))  # [1, D, 37, 37]
+    grid = F.interpolate(grid, size=(16, 16), mode="bicubic", antialias=True)
+    return torch.cat([first, grid.flatten(2).mT], dim=1)
+
+
+def dino_block(p, name, x):
+    q, k, v = linear(p, f"{name}.attn.qkv", norm(p, f"{name}.norm1", x, 1e-6)).chunk(3, dim=-1)  # [B, S, D] each
+    x = x + p[f"{name}.ls1.gamma"] * linear(p, f"{name}.attn.proj", attend(q, k, v, torch.tensor(True)))
+    y = F.gelu(linear(p, f"{name}.mlp.fc1", norm(p, f"{name}.norm2", x, 1e-6)))  # [B, S, 4D]
+    return x + p[f"{name}.ls2.gamma"] * linear(p, f"{name}.mlp.fc2", y)
+
+
+def dino(p, images):
+    """Normalised patch tokens [B, N, D] of u8 images [B, 224, 224, 3]."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = ((images / 255 - mean) / std).movedim(-1, 1)  # [B, 3, 224, 224]
+    patches = F.conv2d(pixels, p["dino_encoder.patch_embed.proj.weight"], p["dino_encoder.patch_embed.proj.bias"], 14)
+    first, registers = (
+        p[f"dino_encoder.{name}"].expand(len(images), -1, D) for name in ("cls_token", "register_tokens")
+    )
+    x = torch.cat([first, patches.flatten(2).mT], dim=1) + dino_positions(p)  # [B, 1 + N, D], patches row by row
+    x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # [B, 1 + 4 + N, D]
+    for i in range(DEPTH):
+        x = dino_block(p, f"dino_encoder.blocks.{i}", x)
+    return norm(p, "dino_encoder.norm", x, 1e-6)[:, -N:]
+
+
+def attention(p, name, x, visible):
+    q, k, v = (linear(p, f"{name}.to_{part}", x) for part in "qkv")  # [..., S, D] each
+    return linear(p, f"{name}.to_out.0", attend(q, k, v, visible))
+
+
+def over_time(p, name, x):
+    """Each token attends to its own place in the frames up to its own: [B, T, S, D]."""
+    past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()  # [T, T]
+    return attention(p, name, x.transpose(1, 2), past).transpose(1, 2)
+
+
+def block(p, name, x, visible):
+    """Attention within each frame, in the encoder over time too, then the MLP: [B, T, S, D]."""
+    x = x + attention(p, f"{name}.spatial_attn", norm(p, f"{name}.norm1", x), visible)
+    if name.startswith("encoder"):
+        x = x + over_time(p, f"{name}.temporal_attn", norm(p, f"{name}.norm2", x))
+    y = norm(p, f"{name}.norm3" if name.startswith("encoder") else f"{name}.norm2", x)
+    return x + linear(p, f"{name}.ffn.3", F.gelu(linear(p, f"{name}.ffn.0", y)))
+
+
+def sinusoids(length):
+    """Fixed positions [length, D]: sine and cosine in turn, wavelengths geometric from 2 pi to 10000 x that."""
+    angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)  # [length, D / 2]
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def transformer(p, name, x, text, text_mask):
+    """The encoder or decoder on [B, T, S, D]: the text [B, L, D] joins every frame behind its S tokens."""
+    x = norm(p, f"{name}.ffn.2", linear(p, f"{name}.ffn.1", norm(p, f"{name}.ffn.0", x)))
+    x = x + sinusoids(x.shape[2])
+    visible = F.pad(text_mask, (x.shape[2], 0), value=True)[:, None, None, None]  # [B, 1, 1, 1, S + L]
+    x = torch.cat([x, text[:, None].expand(-1, x.shape[1], -1, -1)], dim=2)  # [B, T, S + L, D]
+    for i in range(DEPTH):
+        x = block(p, f"{name}.transformer_blocks.{i}", x, visible)
+    return x
+
+
+def nearest(codebook, c):
+    """Codes [B, P] of the codebook rows nearest to c [B, P, C] in Euclidean distance."""
+    return (c[:, :, None] - codebook).square().sum(-1).argmin(-1)
+
+
+@torch.no_grad()
+def read(state, stage, frames, text=None, text_mask=None):
+    """Features, codes, c (before quantisation) and prediction of u8 frames [B, 2, 224, 224, 3].
+
+    Stage 1 needs T5 states [B, L, D] and their mask [B, L]; stage 2 has no text, here L = 0.
+    """
+    p = {name.removeprefix("lam."): tensor for name, tensor in state.items()}
+    features = dino(p, frames.flatten(0, 1)).unflatten(0, (-1, 2))  # [B, 2, N, D]
+    if stage == 1:
+        text = linear(p, "lang_proj", text)  # [B, L, D]
+    else:
+        text, text_mask = features[:, 0, :0], torch.ones(len(frames), 0, dtype=torch.bool)
+    queries = [p[name].expand(len(frames), 2, P, D) for _, name, *_ in CODE_SETS[stage]]
+    z = transformer(p, "encoder", torch.cat([*queries, features], dim=2), text, text_mask)[
+        :, 1
+    ]  # frame 2: [B, S + L, D]
+    out, sequence = {"features": features}, []
+    for i, (prefix, _, down, quantiser, up) in enumerate(CODE_SETS[stage]):
+        c = linear(p, down, z[:, i * P : (i + 1) * P])  # [B, P, C]
+        codebook = p[f"{quantiser}.codebook.weight"]
+        codes = nearest(codebook, c)
+        sequence.append(linear(p, up, codebook[codes]))  # [B, P, D]
+        out |= {f"{prefix}codes": codes, f"{prefix}c": c}
+    sequence = torch.cat([*sequence, linear(p, "patch_up", features[:, 0])], dim=1)[:, None]  # [B, 1, S, D]
+    decoded = transformer(p, "decoder", sequence, text, text_mask)[:, 0, : sequence.shape[2]]  # [B, S, D], text dropped
+    return out | {"prediction": linear(p, "decoder.out", decoded[:, -N:])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Our model beside it
+
+VIT_B = dict(hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=H, patch_size=14, image_size=518)
+
+
+def our_model(stage, **changes):
+    """The model that a checkpoint of this stage fits."""
+    sizes = dict(width=D, num_blocks=DEPTH, heads=H, code_dim=C, predict_change=False, centre=False)
+    sizes = latent.LamSizes(stage=stage, features="dino", image_size=224, **sizes | changes)
+    return latent.LatentActionModel(sizes, text_size=D, features_config=VIT_B).eval()
+
+
+def hollow(stage):
+    """A state dict of the right names and shapes whose tensors take no room."""
+    return {name: torch.zeros(()).expand(shape) for name, shape in shapes(stage).items()}
+
+
+def save(path, state, **more):
+    torch.save({"state_dict": state} | more, path)
+    return path
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+@torch.no_grad()
+def test_checkpoint_gives_what_the_reading_gives(stage, tmp_path):
+    """Features, c, codes, predicted patches: of both sets of codes in stage 2, with padded text in stage 1."""
+    state, generator = random_state(stage), torch.Generator().manual_seed(1)
+    t5 = {"lam.text_encoder.shared.weight": torch.zeros(2, 2)} if stage == 1 else {}
+    model = our_model(stage)
+    latent.initialise(model, save(tmp_path / "univla.ckpt", state | t5))
+    batch = 3 - stage  # padding needs two samples
+    noise = F.interpolate(torch.rand(2 * batch, 3, 4, 4, generator=generator) * 255, size=224, mode="bilinear")
+    frames = noise.movedim(1, -1).byte().unflatten(0, (batch, 2))  # [B, T, 224, 224, 3]
+    text, known = torch.randn(2, 5, D, generator=generator), torch.arange(5) < torch.tensor([[5], [3]])
+    text, known = (text, known) if stage == 1 else (None, None)
+    expected = read(state, stage, frames, text, known)
+    features = model.features(frames.flatten(0, 1)).unflatten(0, (batch, 2))
+    assert torch.allclose(features, expected["features"], atol=2e-5)
+    a, b = features.unbind(1)
+    codes, c = model.encode(a, b, text, known)
+    assert torch.equal(codes, expected["codes"]) and torch.allclose(c, expected["c"], atol=5e-5)
+    others = model.vectors(a, b, text, known)[1:]
+    assert len(others) == stage - 1 and all(torch.allclose(other, expected["other_c"], atol=5e-5) for other in others)
+    found = [part.quantiser.nearest(vectors) for part, vectors in zip(model.sets, [c, *others])]
+    quantised = [part.quantiser.codebook[chosen] for part, chosen in zip(model.sets, found)]
+    assert torch.allclose(model.predict(a, quantised, text, known), expected["prediction"], atol=5e-5)
+    assert model.codes.quantiser.updates == 1  # training goes on from these codes, not from data
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_first_stage_starts_the_second(tmp_path):
+    """Its codebook becomes the frozen one; the task-centric codes stay as they were."""
+    state = hollow(1) | {"lam.vq.codebook.weight": torch.randn(K, C), "lam.action_up.bias": torch.randn(D)}
+    with torch.device("meta"):  # no room for weights that nobody looks at
+        model = our_model(2)
+    model.codes, model.irrelevant = (latent.CodeSet(model.sizes, D, 0) for _ in range(2))
+    before = model.codes.queries.clone()
+    latent.initialise(model, save(tmp_path / "univla.ckpt", state))
+    assert torch.equal(model.irrelevant.quantiser.codebook, state["lam.vq.codebook.weight"])
+    assert torch.equal(model.irrelevant.up.bias, state["lam.action_up.bias"])
+    assert torch.equal(model.codes.queries, before) and model.codes.quantiser.updates == 0
+
+
+def test_wrong_checkpoints_are_refused_with_what_is_wrong(tmp_path):
+    def refused(match, state, stage=2, **changes):
+        with torch.device("meta"):
+            model = our_model(stage, **changes)
+        with pytest.raises(ValueError, match=match):
+            latent.initialise(model, save(tmp_path / "univla.ckpt", state))
+
+    lacking = hollow(2) | {"lam.to_codebook.bias": torch.zeros(64), "lam.odd": torch.zeros(1)}
+    del lacking["lam.encoder.transformer_blocks.3.spatial_attn.to_out.0.weight"]
+    bias = r"codes.project.bias is \(64,\), the model's is \(128,\)"
+    refused(f"{bias}; missing encoder.blocks.3.spatial.out.weight; unknown odd", lacking)
+    del lacking["lam.decoder.transformer_blocks.0.spatial_attn.to_k.weight"]
+    refused("missing decoder.blocks.0.spatial.qkv.weight;.*unknown decoder.blocks.0.spatial_attn.to_q.weight", lacking)
+    refused(
+        "predict_change is True, but there False, centre is True, but there False",
+        hollow(2),
+        predict_change=True,
+        centre=True,
+    )
+    refused("heads is 8, but there 12", hollow(2), heads=8)
+    refused("stage is 1, but there 2", hollow(2), stage=1)
+    refused(r"codes.quantiser.codebook is \(16, 128\), the model's is \(32, 128\)", hollow(2), num_codes=32)
+    torch.save({"model": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="has no 'state_dict', only .'model'.; it must be a Lightning checkpoint"):
+        latent.univla_tensors(tmp_path / "other.ckpt")
+
+
+def test_a_file_with_more_than_tensors_is_refused_with_a_remedy_that_works(tmp_path, monkeypatch):
+    partial = functools.partial(torch.optim.AdamW, lr=1e-4)
+    path = save(tmp_path / "univla.ckpt", {"lam.patch_up.bias": torch.ones(3)}, hyper_parameters={"optimizer": partial})
+    with pytest.raises(ValueError, match="more than tensors: .*functools.partial") as error:
+        latent.univla_tensors(path)
+    lines = [line for line in str(error.value).splitlines() if line.startswith("    ")]
+    assert len(lines) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent("\n".join(lines)), {"torch": torch})
+    assert torch.equal(latent.univla_tensors(tmp_path / "weights.ckpt")["patch_up.bias"], torch.ones(3))
