@@ -16,15 +16,16 @@ Vision-Language-Action Models" (arXiv 2605.04678), from the size that a CPU trai
 
 Which stage when. Stage 1 is given the instruction, so its codes hold what the instruction does not tell: the camera,
 the background, other people. Stage 2 keeps that codebook, loses the text, and puts what the task changes into codes of
-its own; these are the ones to label with. Where nothing moves but the robot, stage 0, one model without text, does as
-well in half the time. Train until the reconstruction loss in log.jsonl no longer falls (the embedded data: 1 000 steps;
-UniVLA's stage 1: 100 000), then ask probe.py whether the codes are good enough; it says what its numbers should be.
+its own; these are the ones to label with. Stage 0, one model without text, takes half the time and is a fair start
+where nothing moves but the robot. Train until the reconstruction loss in log.jsonl no longer falls (the embedded data:
+1 000 steps; UniVLA's stage 1: 100 000), then ask probe.py whether the codes are good enough; it says what its numbers
+should be.
 
 All share one quantiser, whose codes stay alive: initialised from data, moved by EMA or gradient descent, restarted
 when unused. Departures from UniVLA, which two flags undo: the decoder predicts the change of the patches, so that it
 starts as a copy of the current frame; and the encoder's answers are normalised and centred for each code position, so
 that all positions share the whole codebook and c points different ways for different motions (stage 1 of
-data/libero_tiny, held-out episodes: 15 to 16 of 16 codes in use at each position, against 4 to 7 without the norm).
+data/libero_tiny, held-out episodes: 13 to 14 of 16 codes in use at each position, against 4 to 7 without the norm).
 Also, stage 2 starts from all of stage 1, not from its codebook and queries alone.
 
 Axes: B batch, H chunk steps, A action size, P codes per step, K codebook size, d width of a code, D width of a
@@ -958,8 +959,22 @@ def lam_and_samples(config, indices, stats, ranks):
     model = LatentActionModel(sizes, text_size, config.chunk * action_size, config.seed)
     if config.init_from:
         initialise(model, config.init_from)
+        check_split(config, indices)
     of = dict(texts=texts, chunk=config.chunk, action_size=action_size, action_fraction=config.action_fraction)
     return model, lambda parts: FramePairs(indices, stats, model, **of, seed=config.seed, episodes=parts)
+
+
+def check_split(config, indices):
+    """Raises ValueError when the model that `config` starts from saw, of the same data, what is held out now."""
+    if not config.init_from.is_dir():
+        return
+    theirs = json.loads((config.init_from / "config.json").read_text())
+    ours, known = (config.val_fraction, config.seed), (theirs["training"]["val_fraction"], theirs["training"]["seed"])
+    if ours != known and {i.fingerprint for i in indices} & {entry["fingerprint"] for entry in theirs["data"]}:
+        raise ValueError(
+            f"val_fraction and seed are {ours}, but {config.init_from} was trained on the same data with {known}: it saw "
+            "episodes that would count as held out. Use the same."
+        )
 
 
 def tokenizer_and_samples(config, indices, stats, ranks):

@@ -711,6 +711,10 @@ def test_resumed_training_ends_bit_identically(rlds, cache, tmp_path, monkeypatc
     latent.train(untouched, ONE)  # as a checkpoint of UniVLA is made a folder for `label`
     again, _ = common.load_tensors(untouched.out / "model.safetensors")
     assert all(torch.equal(ours[name], again[name]) for name in ours)
+    with pytest.raises(
+        ValueError, match=r"seed are \(0.25, 1\), but .*whole was trained on the same data with \(0.25, 0\)"
+    ):
+        latent.train(replace(untouched, out=tmp_path / "other", seed=1), ONE)
     with pytest.raises(ValueError, match="trained with other settings: learning_rate 0.001 .now 0.1."):
         latent.train(replace(part, learning_rate=0.1), ONE)
 
