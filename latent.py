@@ -972,8 +972,8 @@ def check_split(config, indices):
     ours, known = (config.val_fraction, config.seed), (theirs["training"]["val_fraction"], theirs["training"]["seed"])
     if ours != known and {i.fingerprint for i in indices} & {entry["fingerprint"] for entry in theirs["data"]}:
         raise ValueError(
-            f"val_fraction and seed are {ours}, but {config.init_from} was trained on the same data with {known}: it saw "
-            "episodes that would count as held out. Use the same."
+            f"val_fraction and seed are {ours}, but {config.init_from} was trained on the same data with {known}: it "
+            "saw episodes that would count as held out. Use the same."
         )
 
 

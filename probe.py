@@ -356,7 +356,7 @@ def draw_codes(index, sizes, steps, codes, actions, path):
     figure.suptitle(
         f"Each pair: a frame, and the frame {sizes.delta} steps later (or the episode's last). The three pairs beside "
         "a code carry it; below its name, the mean of the next actions of all its steps.\nTraining saw none of these "
-        "episodes. Codes are good if one kind of change runs through the pairs of a code, and another through the next.",
+        "episodes. Codes are good if one kind of change runs through the pairs of a code, another through the next.",
         fontsize=13,
     )
     figure.savefig(path, dpi=70)
