@@ -232,12 +232,9 @@ class Attention(nn.Module):
         rows: only the first so many tokens look, and are returned (default: all)."""
         y = self.norm(x).flatten(0, -3)  # [n, L, D]
         q_weight, kv_weight = self.qkv.weight.tensor_split([x.shape[-1]])
-        q = (
-            F.linear(y[:, :rows], q_weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        )  # [n, heads, rows, D / heads]
-        k, v = (
-            F.linear(y, kv_weight).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [n, heads, L, D / heads]
+        q, kv = F.linear(y[:, :rows], q_weight), F.linear(y, kv_weight)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [n, heads, rows, D / heads]
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, L, D / heads] each
         mask = None if keys is None else keys.flatten(0, -2)[:, None, None]  # [n, 1, 1, L]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         x = x[..., :rows, :]

@@ -1,11 +1,12 @@
 """latent.py: the quantiser by hand, both models trained for seconds, labels and saved models."""
 
+import ast
 import copy
 import io
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -788,3 +789,12 @@ def test_shipped_labels_keep_every_code_position_alive():
     with safe_open(DATA / "labels.safetensors", "numpy") as file:
         codes = file.get_tensor("codes")
     assert [len(np.unique(codes[:, position])) >= 12 for position in range(4)] == [True] * 4
+
+
+@pytest.mark.parametrize("settings", (latent.Lam, latent.Tokenizer, latent.Label))
+def test_every_setting_is_read(settings):
+    """No field of a command is there for nothing: each is read as `config.<field>` or `sizes.<field>`."""
+    nodes = [node for node in ast.walk(ast.parse(open(latent.__file__).read())) if isinstance(node, ast.Attribute)]
+    owner = lambda node: getattr(node.value, "id", getattr(node.value, "attr", ""))  # noqa: E731
+    read = {node.attr for node in nodes if owner(node) in ("config", "sizes")}
+    assert {field.name for field in fields(settings)} <= read
