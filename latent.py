@@ -1155,36 +1155,18 @@ def label(config, ranks):
     """
     index, model = open_index(config.data, config.cache), load_lam(config.lam).to(ranks.device)
     check_video(model.sizes, index)
-    texts = text_states(model.sizes.text, index.instructions, ranks.device) if model.sizes.stage == 1 else None
     out = config.out or index.cache / "labels.safetensors"
     if out.exists():
         raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    about = {
-        "data": index.fingerprint,
-        "lam": fingerprint(config.lam),
-        "delta": model.sizes.delta,
-        "num_codes": model.num_codes,
-    }
+    about = {"data": index.fingerprint, "lam": fingerprint(config.lam)}
+    about |= {"delta": str(model.sizes.delta), "num_codes": str(model.num_codes)}
     groups = [range(at, min(at + PART, len(index.starts) - 1)) for at in range(0, len(index.starts) - 1, PART)]
-    paths = [parts / f"{group[0]}.safetensors" for group in groups]
-    steps = lambda group: int(index.starts[group[-1] + 1] - index.starts[group[0]])  # noqa: E731
-    mine = list(zip(groups, paths, strict=True))[ranks.rank :: ranks.world]
-    with tqdm(total=sum(steps(group) for group, _ in mine), unit=" samples", disable=not ranks.main) as bar:
-        for group, path in mine:
-            if path.exists() and common.load_tensors(path)[1] == {k: str(v) for k, v in about.items()}:
-                bar.update(steps(group))
-                continue
-            found = []
-            for codes, vectors in label_episodes(index, model, group, config.batch_size, texts, config.num_workers):
-                found.append((codes, vectors))
-                bar.update(len(codes))
-            codes, vectors = map(torch.cat, zip(*found, strict=True))
-            common.save_tensors(path, {"codes": codes, "vectors": vectors}, **about)
+    label_groups(index, model, groups[ranks.rank :: ranks.world], parts, about, config, ranks)
     common.barrier()
     if ranks.main:
-        loaded = [common.load_tensors(path)[0] for path in paths]
+        loaded = [common.load_tensors(parts / f"{group[0]}.safetensors")[0] for group in groups]
         tensors = {name: torch.cat([part[name] for part in loaded]) for name in ("codes", "vectors")}
         common.save_tensors(out, tensors, **about)
         shutil.rmtree(parts)
@@ -1192,6 +1174,23 @@ def label(config, ranks):
         report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
         print(f"{out}: {len(index)} steps, {report}")
         print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
+
+
+def label_groups(index, model, groups, folder, about, config, ranks):
+    """Labels each group of episodes into a file of `folder`, unless a file `about` the same model and data is there."""
+    texts = text_states(model.sizes.text, index.instructions, ranks.device) if model.sizes.stage == 1 else None
+    steps = [int(index.starts[group[-1] + 1] - index.starts[group[0]]) for group in groups]
+    with tqdm(total=sum(steps), unit=" samples", disable=not ranks.main) as bar:
+        for group, count in zip(groups, steps, strict=True):
+            path, found = folder / f"{group[0]}.safetensors", []
+            if path.exists() and common.load_tensors(path)[1] == about:
+                bar.update(count)
+                continue
+            for labels in label_episodes(index, model, group, config.batch_size, texts, config.num_workers):
+                found.append(labels)
+                bar.update(len(labels[0]))
+            codes, vectors = map(torch.cat, zip(*found, strict=True))
+            common.save_tensors(path, {"codes": codes, "vectors": vectors}, **about)
 
 
 def main():
