@@ -74,12 +74,6 @@ def broadcast(tensor):
     return tensor
 
 
-def barrier():
-    """Waits until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def to_device(batch, device):
     """Moves a batch's tensors; lists of tensors too. Words stay."""
     if isinstance(batch, dict):

@@ -292,7 +292,10 @@ def _scan(shards, features, salt):
 def _append_episode(example, features, payload, shard, offset, images, columns, metadata):
     """Sorts one parsed episode into the growing lists; returns its number of steps."""
     listed = (name for name, (kind, *_) in features.items() if kind != "tensor" and name.startswith("steps/"))
-    steps = len(example[next(listed)])  # texts and images are one entry a step
+    counted = next(listed, None)  # texts and images are one entry a step
+    if counted is None:
+        raise ValueError("a step has neither image nor text, so its number is unknown")
+    steps = len(example[counted])
     for name, (kind, dtype, shape) in features.items():
         value, short = example[name], name.rsplit("/", 1)[-1]
         if name.startswith("episode_metadata/"):
@@ -373,13 +376,13 @@ def statistics(index):
 
 
 def _check_finite(index, name, column):
-    wrong = np.argwhere(~np.isfinite(column))
+    wrong = np.argwhere(~np.isfinite(column.reshape(len(column), -1)))
     if len(wrong):
         step, dimension = wrong[0].tolist()
         episode = int(np.searchsorted(index.starts, step, "right")) - 1
         raise ValueError(
-            f"{name} of {index.name} is {column[step, dimension]} at step {step - index.starts[episode]} of episode "
-            f"{episode}, dimension {dimension} ({len(wrong)} such values). Repair or remove these episodes."
+            f"{name} of {index.name} is {column[step].flat[dimension]} at step {step - index.starts[episode]} of "
+            f"episode {episode}, dimension {dimension} ({len(wrong)} such values). Repair or remove these episodes."
         )
 
 
@@ -567,6 +570,11 @@ def action_chunk(actions, starts, step, chunk):
     found = actions[rows]
     found[~valid, :-1] = 0.0
     return found, valid, rows
+
+
+def later(index, steps, delta):
+    """The steps, i64 like `steps`, `delta` after these; near the end of an episode its last one."""
+    return np.minimum(np.add(steps, delta), index.starts[np.searchsorted(index.starts, steps, "right")] - 1)
 
 
 def steps_of(index, episodes):

@@ -8,11 +8,13 @@ Vision-Language-Action Models" (arXiv 2605.04678), from the size that a CPU trai
 
     python latent.py lam --stage 1 --data data/libero_tiny --out runs/lam1                           # 3 minutes
     python latent.py lam --stage 2 --init-from runs/lam1 --data data/libero_tiny --out runs/lam      # 3 minutes
-    python latent.py label --data data/libero_tiny --lam runs/lam            # write the codes of every step to a file
+    python latent.py label --data data/libero_tiny --lam runs/lam --out runs/labels.safetensors      # 5 seconds
     python latent.py tokenizer --data data/libero_tiny --out runs/tokenizer --chunk 8                # 1.5 minutes
     torchrun --nproc-per-node 8 latent.py lam --stage 1 --data DIR --out runs/lam1 --features DINOV2 --text T5 \\
         --image-size 224 --width 768 --num-blocks 12 --heads 12 --code-dim 128                       # the paper's size
-    python latent.py lam --init-from FILE.ckpt --max-steps 0 --stage 2 ... --no-predict-change --no-centre  # UniVLA's
+    python latent.py lam --stage 2 --init-from FILE.ckpt --max-steps 0 --no-predict-change --no-centre \\
+        --data DIR --out runs/univla --features DINOV2 --image-size 224 --width 768 --num-blocks 12 --heads 12 \\
+        --code-dim 128                                                       # a checkpoint of UniVLA, to label with
 
 Which stage when. Stage 1 is given the instruction, so its codes hold what the instruction does not tell: the camera,
 the background, other people. Stage 2 keeps that codebook, loses the text, and puts what the task changes into codes of
@@ -38,6 +40,7 @@ import json
 import pickle
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -49,6 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image
+from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -56,10 +60,10 @@ from tqdm import tqdm
 import common
 from data import (
     CACHE,
-    Chunks,
     StepBatches,
     Steps,
     action_chunk,
+    later,
     normalise,
     open_index,
     split_episodes,
@@ -297,8 +301,8 @@ class ActionTokenizer(nn.Module):
     """A chunk of H normalised actions <-> H codes, one per step (the paper's action-based latent actions).
 
     What mixes the steps (convolutions, attention, the FFT) starts at zero, so that at first a latent is a linear map of
-    its own action and close actions have close latents. Late in training the codebook is put on k-means of the latents
-    once. Either halves the error that rounding to codes adds; there are no positions and no last norm, which add to it.
+    its own action and close actions have close latents; late in training the codebook is put on k-means of the latents
+    once; and there are no positions and no last norm. tests/BENCHMARKS.md says what each is worth.
     """
 
     def __init__(self, chunk, action_size, num_codes=256, dim=128, patience=50, seed=0):
@@ -372,12 +376,22 @@ def fourier_features(actions):
     return torch.cat([actions, spectrum.real, spectrum.imag], -1)
 
 
-class MaskedChunks(Chunks):
-    """Chunks with `masked` bool [H]: the steps that the consistency loss hides, keyed by (seed, sample)."""
+class MaskedChunks(Steps):
+    """The training samples of an `ActionTokenizer`: actions f32 [H, A] normalised; valid bool [H], False past the end
+    of the episode; masked bool [H], the steps that the consistency loss hides, keyed by (seed, draw)."""
+
+    def __init__(self, indices, stats, chunk, seed=0, episodes=None):
+        super().__init__(indices, seed, episodes=episodes)
+        self.chunk, pairs = chunk, zip(indices, stats, strict=True)
+        self.actions = [normalise(standardise(index.columns["action"]), own["action"]) for index, own in pairs]
 
     def __getitem__(self, position):
         draws = np.random.default_rng([self.seed, 3, position]).random(self.chunk)
         return super().__getitem__(position) | {"masked": torch.from_numpy(draws < MASKED)}
+
+    def sample(self, number, step):
+        actions, valid, _ = action_chunk(self.actions[number], self.indices[number].starts, step, self.chunk)
+        return {"actions": torch.from_numpy(actions), "valid": torch.from_numpy(valid)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -565,6 +579,12 @@ class LatentActionModel(nn.Module):
     def num_codes(self):
         return self.sizes.num_codes
 
+    def train(self, mode=True):
+        """As of every module, but the frozen features never drop anything."""
+        super().train(mode)
+        self.features.eval()
+        return self
+
     def _words(self, text, known):
         """Of stage 1: the projected text [B, n, D] and which of its tokens are real; else nothing."""
         return () if self.text_up is None else (self.text_up(text), known)
@@ -662,8 +682,8 @@ class FramePairs(Steps):
     def sample(self, number, step):
         index = self.indices[number]
         episode = int(np.searchsorted(index.starts, step, "right")) - 1
-        last = int(index.starts[episode + 1]) - 1
-        frames = np.stack([self.frame(number, step), self.frame(number, min(step + self.model.sizes.delta, last))])
+        ahead = int(later(index, step, self.model.sizes.delta))
+        frames = np.stack([self.frame(number, step), self.frame(number, ahead)])
         item = {"frames": torch.from_numpy(frames)}
         if self.texts:
             item["text"], item["known"] = pad_text(self.texts[index.instructions[episode]], self.longest)
@@ -680,12 +700,14 @@ class FramePairs(Steps):
 def check_video(sizes, index):
     """Raises ValueError when a data set lacks the camera, or has no two frames that are delta apart."""
     if sizes.camera not in index.images:
-        raise ValueError(f"camera is '{sizes.camera}', but {index.name} has {list(index.images)}; choose with --camera")
+        raise ValueError(
+            f"camera is '{sizes.camera}', but {index.name} has {list(index.images)}; train with another --camera"
+        )
     longest = int(np.diff(index.starts).max())
     if sizes.delta >= longest:
         raise ValueError(
-            f"delta is {sizes.delta}, but the longest episode of {index.name} has {longest} frames; choose a --delta "
-            "that most episodes are a few times as long as"
+            f"delta is {sizes.delta}, but the longest episode of {index.name} has {longest} frames; train with a "
+            "--delta that most episodes are a few times as long as"
         )
 
 
@@ -734,6 +756,14 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
+def source_fingerprint(source):
+    """`fingerprint` of a folder; of a checkpoint file the hash of its bytes."""
+    if Path(source).is_dir():
+        return fingerprint(source)
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Starting from another model
 
@@ -754,10 +784,11 @@ def initialise(model, source):
         given = load_lam(source)
         theirs, tensors = asdict(given.sizes), given.state_dict()
     else:
-        tensors, skipped = univla_tensors(source), (*skipped, "centre", "quantiser.")
-        theirs = UNIVLA | {"stage": 2 if "irrelevant.queries" in tensors else 1}
-    differ = [name for name in ("heads", "predict_change", "centre") if theirs[name] != sizes[name]]
+        tensors, skipped = univla_tensors(source), (*skipped, "centre", "sums", "counts", "unused", "updates")
+        theirs = UNIVLA | {"stage": 2 if any("irrelevant." in name for name in tensors) else 1}
     second = (theirs["stage"], sizes["stage"]) == (1, 2)
+    compared = ["heads", "predict_change", "centre", "camera", "image_size", "patch_size"] + ["delta"] * second
+    differ = [name for name in compared if theirs.get(name, sizes[name]) != sizes[name]]
     if second:
         tensors = {name.replace("codes.", "irrelevant."): t for name, t in tensors.items() if "text_up" not in name}
         skipped = (*skipped, "codes.")
@@ -822,6 +853,8 @@ def univla_tensors(path):
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, KeyError, RuntimeError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is no checkpoint, or a damaged one ({error!r}). Copy it again.") from error
     except pickle.UnpicklingError as error:
         more = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         raise ValueError(
@@ -834,7 +867,7 @@ def univla_tensors(path):
             f"{path} has no 'state_dict', only {list(state)[:5]}; it must be a Lightning checkpoint of UniVLA"
         )
     state = {name: t for name, t in state["state_dict"].items() if "text_encoder" not in name}
-    names = UNIVLA_NAMES + UNIVLA_SETS[2 if "lam.vq_action.codebook.weight" in state else 1]
+    names = UNIVLA_NAMES + UNIVLA_SETS[2 if any("control" in name for name in state) else 1]
     tensors = {}
     for name, tensor in state.items():
         for pattern, ours in names:
@@ -916,7 +949,8 @@ FREE_TO_CHANGE = {
 def check(config, world):
     """Raises ValueError for a setting that cannot work."""
     least = {"max_steps": 0 if getattr(config, "init_from", None) else 1, "heads": 1, "patience": 1, "save_every": 1}
-    least |= {name: 1 for name in ("global_batch_size", "chunk", "delta", "num_codes", "codes_per_step", "num_blocks")}
+    names = "global_batch_size chunk delta num_codes code_dim codes_per_step num_blocks width image_size patch_size"
+    least |= {name: 1 for name in names.split()}
     for name, value in least.items():
         if getattr(config, name, value) < value:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {value}")
@@ -924,6 +958,8 @@ def check(config, world):
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
     if config.global_batch_size % world:
         raise ValueError(f"global_batch_size is {config.global_batch_size}; {world} processes cannot share it equally")
+    if isinstance(config, Tokenizer) and config.code_dim % 4:
+        raise ValueError(f"code_dim is {config.code_dim}; it must be a multiple of the 4 heads")
     if isinstance(config, Lam):
         check_lam(config)
 
@@ -958,6 +994,7 @@ def lam_and_samples(config, indices, stats, ranks):
         initialise(model, config.init_from)
         check_split(config, indices)
     of = dict(texts=texts, chunk=config.chunk, action_size=action_size, action_fraction=config.action_fraction)
+    of |= {"kept": 2**30 // max(1, config.num_workers)}  # each worker keeps its own
     return model, lambda parts: FramePairs(indices, stats, model, **of, seed=config.seed, episodes=parts)
 
 
@@ -981,39 +1018,55 @@ def tokenizer_and_samples(config, indices, stats, ranks):
             raise ValueError(f"{index.name} has no steps feature 'action', only {list(index.columns)}")
     sizes = config.chunk, indices[0].columns["action"].shape[1], config.num_codes, config.code_dim
     model = ActionTokenizer(*sizes, patience=config.patience, seed=config.seed)
-    return model, lambda parts: MaskedChunks(indices, stats, [], config.chunk, config.seed, episodes=parts)
+    return model, lambda parts: MaskedChunks(indices, stats, config.chunk, config.seed, parts)
 
 
 def train(config, ranks):
     """Trains the model that `config` describes, saves it in config.out and measures it on held-out episodes."""
     check(config, ranks.world)
     indices = [open_index(path, config.cache) for path in config.data]
+    names = [index.name for index in indices]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data holds two data sets of one name, {names}; rename one, as statistics are kept by name")
     stats = [statistics(index) for index in indices]
     torch.manual_seed(config.seed)
     kind, make = ("lam", lam_and_samples) if isinstance(config, Lam) else ("tokenizer", tokenizer_and_samples)
     model, samples = make(config, indices, stats, ranks)
     split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
     training = samples([kept for kept, _ in split])
-    held_out = samples([held if len(held) else kept for kept, held in split])
+    held_out = samples([held for _, held in split] if any(len(held) for _, held in split) else [k for k, _ in split])
     description = {"kind": kind, "model": model.config, "training": common.plain(config), "commit": common.commit()}
-    description |= {"data": [{"name": i.name, "fingerprint": i.fingerprint} for i in indices], "targets": []}
+    description |= {"data": [{"name": i.name, "fingerprint": i.fingerprint} for i in indices]}
+    source = getattr(config, "init_from", None)
+    description["targets"] = [{"fingerprint": source_fingerprint(source)}] if source else []
     resuming = common.prepare_run(config.out, config.resume, ranks.main, description, "training", FREE_TO_CHANGE)
     if ranks.main:
         named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
         common.write_json(config.out / "dataset_statistics.json", named)
     fit(model.to(ranks.device), training, config, ranks, resuming)
-    report = measure(model, held_out, ranks.device, config.global_batch_size)
-    words = (f"{name} {np.round(value, 4).tolist()}" for name, value in report.items())
-    common.print0("On held-out episodes: " + ", ".join(words))
+    measured = {"held-out episodes" if any(len(held) for _, held in split) else "training episodes": held_out}
+    for name, part in measured.items():
+        report = measure(model, part, ranks.device, config.global_batch_size)
+        words = (f"{word} {np.round(value, 4).tolist()}" for word, value in report.items())
+        common.print0(f"On {name}: " + ", ".join(words))
     if kind == "tokenizer":
-        common.print0(beside_kmeans(model, training, held_out))
-    next_step = {
-        "lam": f"latent.py label --data {config.data[0]} --lam {config.out}",
-        "tokenizer": f"train.py --variant la_tok --data {config.data[0]} --tokenizer {config.out}",
-    }
-    if getattr(config, "stage", 0) == 1:
-        next_step["lam"] = f"latent.py lam --stage 2 --init-from {config.out} --data {config.data[0]} --out DIR"
-    common.print0(f"{config.out} is ready. Next: python {next_step[kind]}")
+        common.print0(beside_kmeans(model, {"training episodes": training} | measured))
+    common.print0(f"{config.out} is ready. Next: python {next_command(config, kind)}")
+
+
+def next_command(config, kind):
+    """What to run with the trained model; for a second stage with the flags that its sizes need."""
+    data = " ".join(map(str, config.data))
+    if kind == "tokenizer":
+        return f"train.py --variant la_tok --data {data} --tokenizer {config.out}"
+    if config.stage != 1:
+        return f"latent.py label --data {config.data[0]} --lam {config.out}"
+    flags = f"latent.py lam --stage 2 --init-from {config.out} --data {data} --out DIR"
+    for field in fields(LamSizes):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if value != field.default and field.name not in ("stage", "text"):
+            flags += f" --no-{flag}" if value is False else f" --{flag} {value}"
+    return flags
 
 
 def fit(model, samples, config, ranks, resuming=False):
@@ -1070,11 +1123,11 @@ def summary(results, num_codes):
 
 
 @torch.no_grad()
-def beside_kmeans(tokenizer, training, held_out):
-    """Lines for print: codes in use and squared error of the tokenizer, beside as many k-means of the training actions,
-    which are the floor for one code per step that sees that step alone."""
+def beside_kmeans(tokenizer, parts):
+    """Lines for print: codes in use and squared error of the tokenizer on each of {name: samples}, beside as many
+    k-means of the first one's actions, the floor for one code per step that sees that step alone."""
     means, lines = None, []
-    for name, samples in (("training episodes", training), ("held-out episodes", held_out)):
+    for name, samples in parts.items():
         loader = DataLoader(samples, 64, sampler=range(min(samples.epoch_length, CHUNKS)))
         batch = {key: torch.cat([part[key] for part in loader]) for key in ("actions", "valid")}
         actions, valid = (batch[key].to(tokenizer.project.weight.device) for key in ("actions", "valid"))
@@ -1098,7 +1151,7 @@ class Label:
     lam: Path
     """folder of a model that `latent.py lam` trained"""
     out: Path | None = None
-    """file to write; default: beside the cached index, where training looks for it"""
+    """file to write; default: beside the cached index, where training looks when the data ships none"""
     cache: Path = CACHE
     """where indices are kept"""
     batch_size: int = 64
@@ -1131,10 +1184,10 @@ def encode_episode(model, frames, batch_size, text=None):
     """
     device, count = model.patch_up.weight.device, len(frames)
     features = torch.cat([model.features(part.to(device)) for part in frames.split(batch_size)])  # [n, N, F]
-    later = torch.arange(count).add(model.sizes.delta).clamp(max=count - 1)
+    ahead = torch.arange(count).add(model.sizes.delta).clamp(max=count - 1)
     codes, vectors = [], []
     for at in range(0, count, batch_size):
-        a, b = features[at : at + batch_size], features[later[at : at + batch_size]]
+        a, b = features[at : at + batch_size], features[ahead[at : at + batch_size]]
         words = () if text is None else (text.expand(len(a), -1, -1), torch.ones(len(a), len(text), dtype=torch.bool))
         for found, part in zip((codes, vectors), model.encode(a, b, *(word.to(device) for word in words)), strict=True):
             found.append(part)
@@ -1164,9 +1217,11 @@ def label(config, ranks):
     about |= {"delta": str(model.sizes.delta), "num_codes": str(model.num_codes)}
     groups = [range(at, min(at + PART, len(index.starts) - 1)) for at in range(0, len(index.starts) - 1, PART)]
     label_groups(index, model, groups[ranks.rank :: ranks.world], parts, about, config, ranks)
-    common.barrier()
     if ranks.main:
-        loaded = [common.load_tensors(parts / f"{group[0]}.safetensors")[0] for group in groups]
+        paths = [parts / f"{group[0]}.safetensors" for group in groups]
+        while not all(is_part(path, about) for path in paths):
+            time.sleep(1)  # for the other processes
+        loaded = [common.load_tensors(path)[0] for path in paths]
         tensors = {name: torch.cat([part[name] for part in loaded]) for name in ("codes", "vectors")}
         common.save_tensors(out, tensors, **about)
         shutil.rmtree(parts)
@@ -1176,6 +1231,14 @@ def label(config, ranks):
         print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
 
 
+def is_part(path, about):
+    """Whether labels of the same model and data are in a file."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return file.metadata() == about
+
+
 def label_groups(index, model, groups, folder, about, config, ranks):
     """Labels each group of episodes into a file of `folder`, unless a file `about` the same model and data is there."""
     texts = text_states(model.sizes.text, index.instructions, ranks.device) if model.sizes.stage == 1 else None
@@ -1183,7 +1246,7 @@ def label_groups(index, model, groups, folder, about, config, ranks):
     with tqdm(total=sum(steps), unit=" samples", disable=not ranks.main) as bar:
         for group, count in zip(groups, steps, strict=True):
             path, found = folder / f"{group[0]}.safetensors", []
-            if path.exists() and common.load_tensors(path)[1] == about:
+            if is_part(path, about):
                 bar.update(count)
                 continue
             for labels in label_episodes(index, model, group, config.batch_size, texts, config.num_workers):

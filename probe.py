@@ -8,8 +8,9 @@ each code stands for.
 
     codes in use     of each code position, and their perplexity: as varied as so many equally frequent codes. Few of
                      many means a collapsed codebook; 12 of 16 are good.
-    reconstruction   squared error of the predicted later frame / that of showing the current frame again. 1 means that
-                     the codes say nothing about the change; 0.8 and less are good.
+    reconstruction   squared error of the predicted later frame / that of showing the current frame again: 0.8 and less
+                     are good. The same with the codes of another step says what the decoder guesses without them (a
+                     fixed scene lets it guess much); codes that say something are clearly better than that.
     R2 of actions    how well ridge regression tells each action dimension, averaged over the next chunk: from the
                      vectors z before quantisation, from the codes (one-hot), and from both in shuffled order, which
                      must give about 0. It is the share that is removed of the squared error of always answering the
@@ -42,6 +43,7 @@ from matplotlib.figure import Figure
 from common import commit, start_ranks, write_json
 from data import (
     CACHE,
+    later,
     normalise,
     open_index,
     split_episodes,
@@ -62,6 +64,7 @@ from latent import (
 )
 
 BATCH = 64  # frames, pairs and chunks computed at once
+DECODED = 2048  # held-out steps, at most, on which the decoder is measured
 FOLDS = 5  # of the cross-validation
 STRENGTHS = 10.0 ** np.arange(-6, 4)  # of the ridge penalty, in units of an input's variance
 EXAMPLES = 3  # frame pairs of each code in codes.png
@@ -108,18 +111,18 @@ def held_out(path, index, most):
             f"{path}: val_fraction {training['val_fraction']} holds {len(held)} of {len(fitted) + len(held)} episodes "
             "out; it takes 1, and 2 to fit. Train it again with --val-fraction 0.1, or on more episodes."
         )
-    held = held[: most - 2]
-    return fitted[: most - len(held)], held
+    held = spread(held, most - 2)
+    return spread(fitted, most - len(held)), held
+
+
+def spread(rows, most):
+    """At most `most` of some rows, evenly over them."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 
 def episodes_of(index):
     """i64 [S]: the episode of every step."""
     return np.repeat(np.arange(len(index.starts) - 1), np.diff(index.starts))
-
-
-def later(index, steps, delta):
-    """The steps, i64 like `steps`, `delta` frames after them; near the end of an episode its last one."""
-    return np.minimum(steps + delta, index.starts[1:][episodes_of(index)[steps]] - 1)
 
 
 def action_chunks(index, steps, chunk):
@@ -191,10 +194,14 @@ def probe(x, y, episodes, fitted, held):
 
 
 def reconstruction(parts):
-    """Of batches (prediction, frame, later frame) [B, N, F]: mean squared error, that of copying, and their ratio."""
-    sums = [(F.mse_loss(guess, b) * len(a), F.mse_loss(a, b) * len(a), len(a)) for guess, a, b in parts]
-    error, copied, count = (float(sum(column)) for column in zip(*sums, strict=True))
-    return {"error": error / count, "copy_error": copied / count, "ratio": error / copied if copied else None}
+    """Mean squared errors of batches (prediction, the same with other steps' codes, frame, later frame) [B, N, F].
+
+    {"error", "copy_error" of showing the frame again, "ratio" of the two, "other_ratio": that of the other codes}
+    """
+    rows = [[*(F.mse_loss(x, b) * len(b) for x in (guess, other, a)), len(b)] for guess, other, a, b in parts]
+    error, other, copied, count = (float(sum(column)) for column in zip(*rows, strict=True))
+    ratios = {"ratio": error / copied if copied else None, "other_ratio": other / copied if copied else None}
+    return {"error": error / count, "copy_error": copied / count} | ratios
 
 
 def transfer(parts):
@@ -250,15 +257,18 @@ class Scenes:
 
 def decode_measures(scenes, steps):
     """{"reconstruction", "transfer"} at `steps` [n]; transfer is None when all steps are of one episode."""
-    rng, episodes, pairs, swaps = np.random.default_rng(0), episodes_of(scenes.index)[steps], [], []
+    steps, rng, pairs, swaps = spread(steps, DECODED), np.random.default_rng(0), [], []
+    episodes, mixed = episodes_of(scenes.index)[steps], rng.permutation(len(steps))
     several = len(np.unique(episodes)) > 1
     target, other = (elsewhere(episodes, rng) if several else None for _ in range(2))
+    exported = lambda rows: scenes.at(steps[rows])[2][0]  # noqa: E731
     for rows in (slice(at, at + BATCH) for at in range(0, len(steps), BATCH)):
         a, b, codes, text = scenes.at(steps[rows])
-        pairs.append((scenes.decode(a, codes, text), a, b))
+        guess, without = (scenes.decode(a, [c, *codes[1:]], text) for c in (codes[0], exported(mixed[rows])))
+        pairs.append((guess, without, a, b))
         if several:
             frame, _, theirs, words = scenes.at(steps[target[rows]])
-            others = scenes.at(steps[other[rows]])[2][0]
+            others = exported(other[rows])
             own, another = (scenes.decode(frame, [c, *theirs[1:]], words) - frame for c in (codes[0], others))
             swaps.append((own, another, b - a, (codes[0] != others).any(1)))
     return {"reconstruction": reconstruction(pairs), "transfer": transfer(swaps) if several else None}
@@ -296,7 +306,8 @@ def probe_lam(model, index, config, split, out):
         about["dimensions"] = dimensions(actions.shape[1])
         about["r2"] = {name: [None if np.isnan(v) else float(v) for v in row] for name, row in scores.items()}
         actions = actions[steps]
-    draw_codes(index, model.sizes, steps, measured[:, config.position].numpy(), actions, out / "codes.png")
+    found = code_examples(index, steps, measured[:, config.position].numpy(), model.sizes.delta)
+    draw_codes(index, model.sizes, found, actions, out / "codes.png")
     return about
 
 
@@ -331,24 +342,33 @@ def examples(episodes, count, rng):
     return np.concatenate([rng.permutation(first), np.setdiff1d(order, first)])[:count]
 
 
-def draw_codes(index, sizes, steps, codes, actions, path):
-    """Each code at one position, the most frequent first: frame pairs that carry it, and the mean of their actions.
+def code_examples(index, steps, codes, delta):
+    """[(code, its rows i64 [k], pairs [(step, step delta later)])], the most frequent code first.
 
-    steps i64 [n]; codes i64 [n]; actions [n, A], the mean of the next chunk, or None of a video without.
+    steps i64 [n] and their codes i64 [n]; the pairs are of different episodes as far as there are.
     """
-    rng, ahead, found = np.random.default_rng(0), later(index, steps, sizes.delta), np.bincount(codes)
-    shown = [code for code in np.argsort(-found, kind="stable") if found[code]]
-    figure = Figure(figsize=(22, 1.65 * ((len(shown) + 1) // 2) + 1), layout="constrained")
+    rng, ahead, count = np.random.default_rng(0), later(index, steps, delta), np.bincount(codes)
+    found = []
+    for code in np.argsort(-count, kind="stable")[: np.count_nonzero(count)]:
+        rows = np.flatnonzero(codes == code)
+        shown = rows[examples(episodes_of(index)[steps[rows]], EXAMPLES, rng)]
+        found.append((int(code), rows, list(zip(steps[shown].tolist(), ahead[shown].tolist()))))
+    return found
+
+
+def draw_codes(index, sizes, found, actions, path):
+    """A picture of `code_examples`; actions: [n, A], of each of its steps the mean of the next chunk, or None."""
+    height, total = (len(found) + 1) // 2, sum(len(rows) for _, rows, _ in found)
+    figure = Figure(figsize=(22, 1.65 * height + 1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.11)  # more room between pairs than within one
-    grid = figure.subplots((len(shown) + 1) // 2, 2 * EXAMPLES, squeeze=False).reshape(-1, EXAMPLES)
+    grid = figure.subplots(height, 2 * EXAMPLES, squeeze=False).reshape(-1, EXAMPLES)
     for cell in grid.flat:
         cell.set(xticks=[], yticks=[], frame_on=False)
-    for line, code in zip(grid, shown):
-        rows = np.flatnonzero(codes == code)
-        for cell, row in zip(line, rows[examples(episodes_of(index)[steps[rows]], EXAMPLES, rng)]):
-            pair = [index.image(sizes.camera, step) for step in (steps[row], ahead[row])]
-            cell.imshow(np.concatenate([pair[0], np.full_like(pair[0][:, :2], 255), pair[1]], 1))
-        label = [f"code {code}", f"{100 * len(rows) / len(steps):.0f} % of steps"]
+    for line, (code, rows, pairs) in zip(grid, found):
+        for cell, pair in zip(line, pairs):
+            a, b = (index.image(sizes.camera, step) for step in pair)
+            cell.imshow(np.concatenate([a, np.full_like(a[:, :2], 255), b], 1))
+        label = [f"code {code}", f"{100 * len(rows) / total:.0f} % of steps"]
         if actions is not None:
             mean, names = actions[rows].mean(0), dimensions(actions.shape[1])
             label += [f"{names[n]} {mean[n]:+.2f}" for n in sorted({0, 1, 2, len(mean) - 1}) if n < len(mean)]
@@ -393,7 +413,7 @@ def draw_lam(upper, lower, found):
     title = (
         f"How well do they tell the next {found['chunk']} actions? (z: before rounding to codes; shuffled must give 0)"
     )
-    lower.set(title=title, ylabel="R2 (1: exactly, 0: not at all)", ylim=(-0.3, 1.3))
+    lower.set(title=title, ylabel="R2 (1: exactly, 0: as the training mean)", ylim=(-0.3, 1.3))
 
 
 def draw_tokenizer(upper, lower, found):
@@ -436,7 +456,8 @@ def print_usage(kind, found):
 def print_report(report):
     if found := report.get("lam"):
         print_usage("image-based latent actions", found)
-        print(f"  reconstruction: {digits(found['reconstruction']['ratio'])} of the error of copying the frame")
+        own, other = (digits(found["reconstruction"][name]) for name in ("ratio", "other_ratio"))
+        print(f"  reconstruction: {own} of the error of copying the frame; with the codes of other steps {other}")
         print(f"  transfer to another episode's frame: {digits(found['transfer'])} (chance 0.5)")
         if "r2" in found:
             print(f"  R2 of the mean of the next {found['chunk']} actions:\n{table(found['dimensions'], found['r2'])}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import tyro
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.data import default_collate
@@ -107,6 +108,21 @@ def test_dead_code_is_restarted_on_an_encoder_output(learn):
     assert torch.cdist(q.codebook[1:], x.flatten(0, 1)).min() < 1e-6
     assert q.unused.tolist() == [0, 0]
     assert learn == "loss" or q.counts[1] == 1 and torch.equal(q.sums[1], q.codebook[1])
+
+
+def test_codes_are_placed_on_valid_vectors_by_seed_and_update():
+    x = torch.randn(8, 4, 3)
+    x[:, 1] = 1000.0
+    valid = torch.arange(4).expand(8, 4) != 1
+    placed = []
+    for seed, updates in ((0, 0), (0, 0), (1, 0), (0, 5)):
+        q = latent.Quantiser(6, 3, seed=seed)
+        q.updates.fill_(updates)
+        q._place(torch.ones(6, dtype=torch.bool), x, valid)
+        assert q.codebook.abs().max() < 100
+        placed.append(q.codebook)
+    assert torch.equal(placed[0], placed[1])
+    assert not torch.equal(placed[0], placed[2]) and not torch.equal(placed[0], placed[3])
 
 
 def train_quantiser(rank, world, learn):
@@ -241,6 +257,40 @@ def test_masked_steps_do_not_influence_the_loss(tokens):
     assert tokens(chunk_batch(actions, valid.fill_(True), masked))["loss"] != a["loss"]
 
 
+def test_losses_of_the_tokenizer_by_hand(tokens):
+    """Reconstruction + quantisation + 0.03 consistency, which encodes again what is decoded with latents zeroed."""
+    actions, valid = sine_chunks(4, torch.Generator().manual_seed(4)), torch.arange(8).expand(4, 8) < 7
+    masked = torch.arange(8).expand(4, 8) % 3 == 0
+    found, count = tokens(chunk_batch(actions, valid, masked)), 4 * 8
+    latents = tokens.vectors(actions * valid[..., None])
+    codes = tokens.quantiser.nearest(latents)
+    wrong = (tokens.decode(codes) - actions)[valid].square().sum() / (count * 3)
+    assert found["reconstruction_loss"].item() == pytest.approx(wrong.item(), rel=1e-4)
+    away = (latents - tokens.quantiser.codebook[codes])[valid].square().sum() / (count * 32)
+    assert found["quantisation_loss"].item() == pytest.approx(0.25 * away.item(), rel=1e-4)
+    hidden = torch.where(masked[..., None], 0.0, latents)
+    guess = tokens.decoder(tokens.quantiser.straight_through(hidden, tokens.quantiser.nearest(hidden)))
+    again = tokens.vectors(guess * valid[..., None])
+    apart = (again - latents.detach())[valid & masked].square().sum() / (count * 32)
+    assert found["consistency_loss"].item() == pytest.approx(apart.item(), rel=1e-4)
+    ours, theirs = (torch.autograd.grad(x, tokens.project.weight, retain_graph=True)[0]
+                    for x in (found["consistency_loss"], apart))  # fmt: skip
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    parts = found["reconstruction_loss"] + found["quantisation_loss"] + 0.03 * found["consistency_loss"]
+    assert found["loss"].item() == pytest.approx(parts.item())
+    assert [conv.dilation for conv in tokens.convs] == [(1,), (2,), (4,)]
+
+
+def test_latents_start_as_a_linear_map_of_their_own_action():
+    torch.manual_seed(0)
+    model = latent.ActionTokenizer(8, 3, num_codes=8, dim=16)
+    a, b = sine_chunks(2, torch.Generator().manual_seed(0))[:, None]
+    other = a.clone()
+    other[:, 3:] = b[:, 3:]
+    assert torch.allclose(model.vectors(a)[:, :3], model.vectors(other)[:, :3], atol=1e-6)
+    assert torch.allclose(model.vectors(a) + model.vectors(b), 2 * model.vectors((a + b) / 2), atol=1e-5)
+
+
 def test_consistency_reaches_the_encoder_at_masked_steps_only(tokens):
     actions, valid = sine_chunks(4, torch.Generator().manual_seed(4)), torch.ones(4, 8, dtype=torch.bool)
     assert tokens(chunk_batch(actions, valid, ~valid))["consistency_loss"] == 0
@@ -259,7 +309,7 @@ class PublishedQuantiser(latent.Quantiser):
 
 def test_published_recipe_collapses_and_ours_does_not(index):
     """The action tokenizer on the same data, order and weights: few codes there, most of them here."""
-    chunks, used = latent.MaskedChunks([index], [data.statistics(index)], [], 8), []
+    chunks, used = latent.MaskedChunks([index], [data.statistics(index)], 8), []
     batches = [default_collate([chunks[32 * step + row] for row in range(32)]) for step in range(40)]
     for published in (True, False):
         torch.manual_seed(0)
@@ -288,11 +338,11 @@ def test_kmeans_finds_clusters_and_leaves_no_mean_where_nothing_is():
 
 def test_tokenizer_is_compared_with_kmeans(index):
     """Printed: codes in use, its error over the valid steps, and the error of as many means."""
-    samples = latent.MaskedChunks([index], [data.statistics(index)], [], 8)
+    samples = latent.MaskedChunks([index], [data.statistics(index)], 8)
     torch.manual_seed(0)
     model = latent.ActionTokenizer(8, 7, num_codes=16, dim=16).eval()
     model.quantiser.start_at(torch.randn(16, 16))
-    line = latent.beside_kmeans(model, samples, samples).splitlines()[1]
+    line = latent.beside_kmeans(model, {"training": samples, "held-out episodes": samples}).splitlines()[1]
     pattern = r"On held-out episodes: (\d+) of 16 .* error ([0-9.]+), ([0-9.]+) times k-means' ([0-9.]+)"
     used, error, ratio, floor = map(float, re.match(pattern, line).groups())
     items, found = [samples.sample(0, step) for step in range(len(index))], []
@@ -508,6 +558,32 @@ def test_second_stage_keeps_the_first_codebook_and_learns_its_own(learn, tmp_pat
         assert torch.equal(second.encode(a, b)[0], second(batch)["codes"])  # the exported codes are the task-centric
 
 
+def test_losses_of_both_sets_and_the_action_head():
+    """Loss = reconstruction + quantisation of both sets + 0.5 action, whose head reads the exported codes alone."""
+    torch.manual_seed(0)
+    model = latent.LatentActionModel(latent.LamSizes(**SIZES, stage=2), head_size=2)
+    for part in model.sets:
+        part.quantiser.start_at(torch.randn(16, 8))
+    found = model(lam_batch(random_pairs(), torch.zeros(6, dtype=torch.long)))
+    parts = found["reconstruction_loss"] + found["quantisation_loss"] + 0.5 * found["action_loss"]
+    assert found["loss"].item() == pytest.approx(parts.item())
+    projections = [part.project.weight for part in model.sets]
+    for name, reached in (("quantisation_loss", [True, True]), ("action_loss", [True, False])):
+        gradients = torch.autograd.grad(found[name], projections, retain_graph=True, allow_unused=True)
+        assert [g is not None and g.abs().sum().item() > 0 for g in gradients] == reached, name
+
+
+def test_answers_count_by_direction_and_centre_follows_them():
+    torch.manual_seed(0)
+    part = latent.CodeSet(latent.LamSizes(**SIZES), 108, 0)
+    answers = torch.randn(16, 4, 32) + 3
+    assert torch.allclose(part.eval().vectors(answers), part.vectors(7 * answers), atol=1e-4)
+    for _ in range(300):
+        part.train().vectors(answers)
+    part.quantiser.updates.fill_(300)
+    assert part.eval().vectors(answers).mean(0).abs().max() < 1e-3
+
+
 def test_codebooks_and_queries_do_not_decay():
     model = latent.LatentActionModel(latent.LamSizes(**SIZES, codebook="loss"))
     decayed, plain = (group["params"] for group in common.parameter_groups(model, 0.1))
@@ -590,6 +666,7 @@ def test_models_of_another_architecture_are_refused(lam, tmp_path):
         (dict(heads=8), "heads is 8, but there 4"),
         (dict(centre=False, predict_change=False), "predict_change is False, but there True, centre is False"),
         (dict(stage=1), "stage is 1, but there 0"),
+        (dict(camera="front", image_size=48), "camera is front, but there image, image_size is 48, but there 24"),
         (dict(stage=2), "stage is 2, but there 0"),
         (dict(width=64), r"does not fit.*codes.project.weight is \(8, 32\), the model's is \(8, 64\)"),
         (dict(codebook="loss"), "unknown codes.quantiser.counts"),
@@ -636,6 +713,8 @@ def test_frame_pairs(two, lam):
     for step, later in ((0, 3), (7, 9), (9, 9), (10, 13), (15, 16)):
         for frame, shown in zip(pairs.sample(0, step)["frames"], (step, later), strict=True):
             assert np.array_equal(frame, two.image("image", shown)), step
+    whole, own = pairs.sample(0, 3)["actions"], data.statistics(two)["action"]
+    assert np.allclose(whole, data.normalise(data.standardise(two.columns["action"][3:5]), own))
     weights = [pairs.sample(0, step)["weight"].item() for step in range(17)]
     assert set(weights) == {0.0, 2.0}
     assert pairs.sample(0, 9)["valid"].tolist() == [True, False]
@@ -720,6 +799,48 @@ def test_resumed_training_ends_bit_identically(rlds, cache, tmp_path, monkeypatc
         latent.train(replace(part, learning_rate=0.1), ONE)
 
 
+@pytest.mark.parametrize("settings", (latent.Lam, latent.Tokenizer))
+def test_held_out_episodes_are_measured_and_not_trained_on(settings, rlds, cache, index, tmp_path, monkeypatch, capsys):
+    """And late in its training the tokenizer's codebook is refitted once, to what it trains on."""
+    seen, fit, measure, refit = {}, latent.fit, latent.measure, latent.ActionTokenizer.refit
+    monkeypatch.setattr(latent, "fit", lambda *given: (seen.update(fit=given[1]), fit(*given)))
+    monkeypatch.setattr(latent, "measure", lambda *given: seen.update(measure=given[1]) or measure(*given))
+    monkeypatch.setattr(latent.ActionTokenizer, "refit", lambda *given: seen.update(refit=given[1]) or refit(*given))
+    small = SMALL if settings is latent.Lam else dict(max_steps=2, global_batch_size=8, num_codes=16, code_dim=16)
+    sizes = small | dict(val_fraction=0.25, seed=2) | ({"delta": 5} if settings is latent.Lam else {})
+    latent.train(settings(data=[rlds], out=tmp_path / "out", cache=cache, **sizes), ONE)
+    kept, held = data.split_episodes(index, 0.25, 2)
+    assert seen["fit"].steps[0].tolist() == data.steps_of(index, kept).tolist()
+    assert seen["measure"].steps[0].tolist() == data.steps_of(index, held).tolist()
+    assert seen.get("refit") is (seen["fit"] if settings is latent.Tokenizer else None)
+    assert "On held-out episodes" in capsys.readouterr().out
+    latent.train(settings(data=[rlds], out=tmp_path / "all", cache=cache, **sizes | {"val_fraction": 0.0}), ONE)
+    text = capsys.readouterr().out
+    assert "On training episodes" in text and "held-out" not in text
+
+
+def test_second_stage_is_announced_with_the_flags_that_it_needs(tmp_path):
+    config = lam_config(tmp_path / "one", tmp_path / "data", tmp_path, stage=1, centre=False, text="t5")
+    words = latent.next_command(config, "lam").split()
+    assert words[:6] == ["latent.py", "lam", "--stage", "2", "--init-from", str(tmp_path / "one")]
+    again = tyro.cli(latent.Lam, args=words[2:])
+    for name in ("image_size", "width", "num_blocks", "code_dim", "delta", "centre", "data"):
+        assert getattr(again, name) == getattr(config, name), name
+
+
+def test_resuming_from_a_changed_first_stage_is_refused(rlds, cache, tmp_path):
+    for seed, out in ((0, "one"), (0, "again")):
+        latent.train(
+            lam_config(tmp_path / out, rlds, cache, stage=1, learning_rate=1e-3 + 1e-3 * (out == "again")), ONE
+        )
+    second = lam_config(tmp_path / "two", rlds, cache, stage=2, init_from=tmp_path / "one", resume=True)
+    latent.train(second, ONE)
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "again").rename(tmp_path / "one")
+    with pytest.raises(ValueError, match="contents of the targets"):
+        latent.train(second, ONE)
+
+
 def test_a_stopped_labelling_goes_on(rlds, cache, index, on_ranks, tmp_path):
     """Parts of the same model, data and delta are kept; others are made again."""
     lam, out = on_ranks / "lam1", tmp_path / "labels"
@@ -744,6 +865,8 @@ def test_bad_settings_are_refused_before_anything_is_written(rlds, cache, two, t
     refused("stage is 2 but init_from is not given", stage=2)
     refused("delta is 99, but the longest episode of made has", delta=99)
     refused("num_codes is 257", num_codes=257)
+    refused("code_dim is 0; it must be at least 1", code_dim=0)
+    refused("patch_size is 0", patch_size=0)
     refused("width is 20; it must be a multiple of 2 x heads, 8", width=20)
     refused("max_steps is 0; it must be at least 1", max_steps=0)
     refused("action_fraction is 2", action_fraction=2.0)
@@ -753,6 +876,10 @@ def test_bad_settings_are_refused_before_anything_is_written(rlds, cache, two, t
     columns["action"][12, 1] = np.nan
     with pytest.raises(ValueError, match="action of two is nan at step 2 of episode 1, dimension 1"):
         data.statistics(replace(two, columns=columns))
+    with pytest.raises(ValueError, match=r"two data sets of one name, \['made', 'made'\]"):
+        latent.train(replace(lam_config(tmp_path / "out", rlds, cache), data=[rlds, rlds]), ONE)
+    with pytest.raises(ValueError, match="code_dim is 30; it must be a multiple of the 4 heads"):
+        latent.train(latent.Tokenizer(data=[rlds], out=tmp_path / "out", cache=cache, code_dim=30), ONE)
 
 
 def test_labels_are_found_beside_the_index_and_refuse_other_data(tmp_path, rlds, cache, on_ranks, capsys):
@@ -784,11 +911,20 @@ def test_trained_folders_hold_what_they_promise(rlds, cache, on_ranks, tokenizer
         latent.train(lam_config(on_ranks / "lam1", rlds, cache), ONE)
 
 
-def test_shipped_labels_keep_every_code_position_alive():
-    """The embedded data's: at least 12 of 16 codes at each position, and half of the tokenizer's 256."""
+def test_shipped_labels_and_tokenizer_are_alive(tmp_path):
+    """The embedded data's: at least 12 of 16 codes at each position; half of the tokenizer's, near k-means."""
     with safe_open(DATA / "labels.safetensors", "numpy") as file:
         codes = file.get_tensor("codes")
-    assert [len(np.unique(codes[:, position])) >= 12 for position in range(4)] == [True] * 4
+    assert min(len(np.unique(codes[:, position])) for position in range(4)) >= 12
+    index = data.open_index(DATA, tmp_path)
+    samples = latent.MaskedChunks(
+        [index], [data.statistics(index)], 8, episodes=[data.split_episodes(index, 0.1, 0)[0]]
+    )
+    line = latent.beside_kmeans(latent.load_tokenizer(DATA / "tokenizer"), {"training": samples})
+    used, ratio = re.match(
+        r"On training: (\d+) of 256 codes in use, squared error [0-9.]+, ([0-9.]+) times", line
+    ).groups()
+    assert int(used) >= 128 and float(ratio) <= 1.3
 
 
 @pytest.mark.parametrize("settings", (latent.Lam, latent.Tokenizer, latent.Label))

@@ -104,11 +104,11 @@ def test_transfer_is_1_where_the_code_decides_and_half_where_it_does_not_matter(
 def test_reconstruction_by_hand():
     a = torch.tensor([[[0.0, 0.0]], [[2.0, 2.0]], [[5.0, 5.0]]])
     b = a + torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[3.0, 0.0]]])
-    batches = lambda guess: [(guess[:2], a[:2], b[:2]), (guess[2:], a[2:], b[2:])]  # noqa: E731
-    found = probe.reconstruction(batches(a))
-    assert found == {"error": pytest.approx(11 / 6), "copy_error": pytest.approx(11 / 6), "ratio": 1.0}
-    found = probe.reconstruction(batches(a + SHIFT[1]))
-    assert found["error"] == pytest.approx(4 / 6) and found["ratio"] == pytest.approx(4 / 11)
+    guess, other = a + SHIFT[1], a - SHIFT[1]
+    found = probe.reconstruction([(x[:2], y[:2], a[:2], b[:2]) for x, y in [(guess, other)]]
+                                 + [(x[2:], y[2:], a[2:], b[2:]) for x, y in [(guess, other)]])  # fmt: skip
+    assert (found["error"], found["copy_error"]) == (pytest.approx(4 / 6), pytest.approx(11 / 6))
+    assert found["ratio"] == pytest.approx(4 / 11) and found["other_ratio"] == pytest.approx((4 + 4 + 16) / 11)
 
 
 def test_elsewhere_is_in_another_episode():
@@ -137,7 +137,7 @@ def test_examples_come_from_different_episodes_first():
 
 def test_chunks_and_later_frames_stay_in_their_episode(index):
     start, end = index.starts[2:4]
-    assert probe.later(index, np.array([start, end - 3, end - 1]), 2).tolist() == [start + 2, end - 1, end - 1]
+    assert data.later(index, np.array([start, end - 3, end - 1]), 2).tolist() == [start + 2, end - 1, end - 1]
     means, stored = probe.mean_actions(index, 4), data.standardise(index.columns["action"])
     for step, last in ((start, start + 4), (end - 2, end), (end - 1, end)):
         assert np.allclose(means[step], stored[step:last].mean(0), atol=1e-6)
@@ -178,10 +178,21 @@ def test_the_command(rlds, cache, index, lam, tokenizer, tmp_path, script):
     _, held = data.split_episodes(index, 0.25, 0)
     assert lam_part["held_out_episodes"] == held.tolist() and lam_part["steps"] == len(data.steps_of(index, held))
     assert len(lam_part["usage"]) == len(lam_part["perplexity"]) == 4
-    assert lam_part["reconstruction"].keys() == {"error", "copy_error", "ratio"} and 0 <= lam_part["transfer"] <= 1
+    assert (
+        lam_part["reconstruction"].keys() == {"error", "copy_error", "ratio", "other_ratio"}
+        and 0 <= lam_part["transfer"] <= 1
+    )
     assert lam_part["r2"].keys() == {"z", "codes", "shuffled z", "shuffled codes"}
     assert all(len(row) == 7 and row[3] is None and row[0] <= 1 for row in lam_part["r2"].values())  # [3] never moves
-    codes, vectors = next(latent.label_episodes(index, latent.load_lam(lam), held[:1]))
+    both = data.split_episodes(index, 0.25, 0)
+    parts = latent.label_episodes(index, latent.load_lam(lam), np.concatenate(both))
+    codes, vectors = map(torch.cat, zip(*parts, strict=True))
+    steps, actions = data.steps_of(index, np.concatenate(both)), probe.mean_actions(index, 8)
+    hot = torch.nn.functional.one_hot(codes.long(), 16).flatten(1).double().numpy()
+    for name, x in (("z", vectors.flatten(1).double().numpy()), ("codes", hot)):
+        expected = probe.probe(x, actions[steps], probe.episodes_of(index)[steps], *both)
+        assert np.allclose(lam_part["r2"][name][:3], expected[:3]), name
+        assert not np.allclose(lam_part["r2"]["shuffled " + name][:3], expected[:3]), name
     assert lam_part["fingerprint"] == latent.fingerprint(lam) and lam_part["stage"] == 2
     assert len(tokens["error"]) == len(tokens["spread"]) == 7 and tokens["spread"][3] == 0
     for name, least in (("probe.png", (1200, 600)), ("codes.png", (1000, 150))):
@@ -209,11 +220,28 @@ def test_scenes_show_each_code_on_the_frame_with_its_own_irrelevant_codes_and_te
             guess = model.predict(frame, [s.quantiser.codebook[c] for s, c in zip(model.sets, found)], *ours)
             assert torch.allclose(scenes.decode(a, codes, text)[row], guess[0], atol=1e-5)
             assert torch.equal(b[row], target[0])
-    found = probe.decode_measures(scenes, np.arange(index.starts[3]))
-    every = [scenes.at(np.array([step])) for step in range(index.starts[3])]
-    errors = [(scenes.decode(a, codes, text) - b).square().mean() for a, b, codes, text in every]
-    assert found["reconstruction"]["error"] == pytest.approx(float(sum(errors)) / len(errors), rel=1e-4)
-    assert 0 <= found["transfer"] <= 1
+    steps = np.arange(index.starts[3])
+    found = probe.decode_measures(scenes, steps)
+    every, episodes = [scenes.at(np.array([step])) for step in steps], probe.episodes_of(index)[steps]
+    rng = np.random.default_rng(0)
+    mixed, target, other = rng.permutation(len(steps)), probe.elsewhere(episodes, rng), probe.elsewhere(episodes, rng)
+    errors, others, wins = [], [], []
+    for step, (a, b, codes, text) in enumerate(every):
+        without = scenes.decode(a, [every[mixed[step]][2][0], *codes[1:]], text)
+        errors.append((scenes.decode(a, codes, text) - b).square().mean().item())
+        others.append((without - b).square().mean().item())
+        frame, _, theirs, words = every[target[step]]
+        own, another = (
+            (scenes.decode(frame, [c, *theirs[1:]], words) - frame - (b - a)).square().mean().item()
+            for c in (codes[0], every[other[step]][2][0])
+        )
+        if not torch.equal(codes[0], every[other[step]][2][0]):
+            wins.append((np.sign(another - own) + 1) / 2)
+    copied = found["reconstruction"]["copy_error"]
+    assert found["reconstruction"]["error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert found["reconstruction"]["other_ratio"] == pytest.approx(np.mean(others) / copied, rel=1e-4)
+    assert np.mean(errors) != pytest.approx(np.mean(others), rel=1e-3)
+    assert found["transfer"] == pytest.approx(np.mean(wins), abs=0.02)
 
 
 def test_probes_read_the_right_inputs(index):
@@ -288,9 +316,27 @@ def test_bad_input_is_refused_with_a_remedy(rlds, rlds_latents, cache, lam, toke
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_of_episodes_keeps_held_out_ones_first(lam, index):
+def test_held_out_is_what_training_held_out(lam, index, tmp_path):
+    """By the model's own seed; with a limit held-out ones come first, and others from everywhere."""
     fitted, held = probe.held_out(lam, index, 4)
     whole, apart = probe.held_out(lam, index, 300)
-    assert held.tolist() == apart.tolist() and fitted.tolist() == whole[:2].tolist()
+    assert held.tolist() == apart.tolist() and fitted.tolist() == whole[[0, -1]].tolist()
     fitted, held = probe.held_out(lam, index, 3)
     assert (len(fitted), len(held)) == (2, 1)
+    other = probe.held_out(changed(lam, tmp_path / "other", seed=3), index, 300)
+    for found, expected in zip(other, data.split_episodes(index, 0.25, 3), strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_examples_of_codes_are_pairs_delta_apart(index):
+    """Each code's rows, the most frequent first, and pairs of its steps that stay in their episode."""
+    steps, codes = np.arange(*index.starts[[2, 5]]), np.arange(np.diff(index.starts[[2, 5]])[0]) % 3
+    codes[-9:] = 2
+    found = probe.code_examples(index, steps, codes, 4)
+    assert [code for code, *_ in found] == [2, 0, 1] or [code for code, *_ in found] == [2, 1, 0]
+    for code, rows, pairs in found:
+        assert rows.tolist() == np.flatnonzero(codes == code).tolist() and len(pairs) == 3
+        assert len({int(probe.episodes_of(index)[a]) for a, _ in pairs}) == 3
+        for a, b in pairs:
+            end = index.starts[np.searchsorted(index.starts, a, "right")] - 1
+            assert codes[a - steps[0]] == code and b == min(a + 4, end)

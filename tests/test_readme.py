@@ -46,6 +46,14 @@ def test_every_command_is_tested_here():
     assert sum("latent.py" in line for line in COMMANDS) == 5
 
 
+def test_no_placeholder_is_left():
+    """No figure of the README waits to be filled in, and every picture is there."""
+    text = (ROOT / "README.md").read_text()
+    assert not re.findall(r"@\w+|TODO|XXX", text)
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (ROOT / picture).exists(), picture
+
+
 def test_requirements_are_pinned():
     """What decides results is pinned to one version."""
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "requirements.txt").read_text(), re.M))

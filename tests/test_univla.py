@@ -266,6 +266,19 @@ def test_wrong_checkpoints_are_refused_with_what_is_wrong(tmp_path):
     refused("heads is 8, but there 12", hollow(2), heads=8)
     refused("stage is 1, but there 2", hollow(2), stage=1)
     refused(r"codes.quantiser.codebook is \(16, 128\), the model's is \(32, 128\)", hollow(2), num_codes=32)
+    for stage, into, name, missing in (
+        (2, 2, "vq_action", "codes"),
+        (2, 2, "vq", "irrelevant"),
+        (1, 1, "vq", "codes"),
+        (1, 2, "vq", "irrelevant"),
+    ):
+        blind = hollow(stage)
+        del blind[f"lam.{name}.codebook.weight"]
+        refused(f"does not fit this model: missing {missing}.quantiser.codebook", blind, into)
+    for number, content in enumerate((b"", b"hello", (tmp_path / "univla.ckpt").read_bytes()[:-500])):
+        (tmp_path / f"{number}.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{number}.ckpt is no checkpoint, or a damaged one"):
+            latent.univla_tensors(tmp_path / f"{number}.ckpt")
     torch.save({"model": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="has no 'state_dict', only .'model'.; it must be a Lightning checkpoint"):
         latent.univla_tensors(tmp_path / "other.ckpt")
