@@ -29,6 +29,11 @@ import tyro
 from PIL import Image, ImageDraw, JpegImagePlugin
 from safetensors import safe_open
 
+try:
+    import simplejpeg  # optional: the same pixels, decoded faster
+except ImportError:
+    simplejpeg = None
+
 CACHE = Path("~/.cache/latent-actions")  # where indices and labels live unless --cache says otherwise
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
 INDEX_FORMAT = 1  # raise when the cached files change their meaning
@@ -228,13 +233,20 @@ class Index:
 
     def image(self, camera, step):
         """u8 [height, width, 3]"""
-        return np.asarray(Image.open(io.BytesIO(self.jpeg(camera, step))).convert("RGB"))
+        return decode_jpeg(self.jpeg(camera, step))
 
     def jpeg_options(self, camera):
         """How the images were stored: {"size", "qtables", "subsampling"}, so evaluation can store its own alike."""
         image = Image.open(io.BytesIO(self.jpeg(camera, 0)))
         tables = [list(table) for _, table in sorted(image.quantization.items())]
         return {"size": image.height, "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
+
+
+def decode_jpeg(stored):
+    """u8 [height, width, 3] of JPEG bytes, by simplejpeg where it is installed."""
+    if simplejpeg:
+        return simplejpeg.decode_jpeg(stored, "RGB", fastdct=False, fastupsample=False)
+    return np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
 
 
 def open_index(path, cache=CACHE):
@@ -665,10 +677,17 @@ def _crop(pixels, size, u):
     room = 1 - side
     centre = torch.zeros(len(pixels), 2, device=pixels.device) if u is None else (2 * u[:, :2] - 1) * room
     theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
-    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta.diagonal(0, 1, 2).fill_(side)
     theta[:, :, 2] = centre
     grid = F.affine_grid(theta, (len(pixels), 3, size, size), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+@functools.cache
+def _yiq(device):
+    """RGB to YIQ and back, f32 [3, 3] each, made on the device once: a copy or an inverse there would wait for it."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    return to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)
 
 
 def jitter(pixels, u):
@@ -678,13 +697,13 @@ def jitter(pixels, u):
     """
     brightness, contrast, saturation = 0.4 * u[:, 0] - 0.2, 0.8 + 0.4 * u[:, 1], 0.8 + 0.4 * u[:, 2]
     hue = (0.1 * u[:, 3] - 0.05) * 2 * torch.pi  # rad
-    to_yiq = pixels.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    to_yiq, from_yiq = _yiq(pixels.device)
     chroma = torch.zeros(len(pixels), 3, 3, device=pixels.device)
-    chroma[:, 0, 0] = 1
+    chroma[:, 0, 0].fill_(1)
     chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * hue.cos()
     chroma[:, 2, 1] = saturation * hue.sin()
     chroma[:, 1, 2] = -chroma[:, 2, 1]
-    colour = torch.linalg.inv(to_yiq) @ chroma @ to_yiq  # [B, 3, 3]
+    colour = from_yiq @ chroma @ to_yiq  # [B, 3, 3]
     matrix = colour * contrast[:, None, None]
     mean = pixels.mean((2, 3))[:, :, None]  # [B, 3, 1], what contrast leaves in place
     offset = colour @ (mean + brightness[:, None, None]) - matrix @ mean  # [B, 3, 1]

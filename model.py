@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from common import autocast, load_tensors, load_trainable
+from common import load_tensors, load_trainable
 from data import normalise, prepare_images, statistics_hash, unnormalise
 
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
@@ -112,8 +113,10 @@ class Spec:
     align_layer: int = 0
     placeholders_per_step: int = 1
     latent_weight: float = -1.0
+    tuning: str = ""  # "lora", "full" or "frozen"; "": lora, and the tiny backbone in full
     lora_rank: int = 64
     lora_alpha: int = 16
+    lora_targets: tuple = ()  # last names of the linear layers that get LoRA; (): all
     head_width: int = 0
     gate: float = 0.0
 
@@ -147,8 +150,26 @@ def tiny_config(tokenizer):
 
 
 def text_tokenizer(backbone):
-    """The tokenizer of "tiny", of a checkpoint directory or of a hub id."""
-    return tiny_tokenizer() if backbone == "tiny" else AutoTokenizer.from_pretrained(backbone)
+    """The tokenizer of "tiny", of a Qwen3-VL checkpoint directory or of a hub id; ValueError for another checkpoint."""
+    if backbone == "tiny":
+        return tiny_tokenizer()
+    config = AutoConfig.from_pretrained(backbone)
+    if config.model_type != "qwen3_vl":
+        raise ValueError(
+            f"backbone {backbone} is a '{config.model_type}' checkpoint; "
+            "give --backbone tiny or a Qwen3-VL one (model_type qwen3_vl)"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+        number = getattr(config, name)
+        if number not in tokenizer.added_tokens_decoder:
+            raise ValueError(
+                f"the tokenizer of {backbone} has no special token {number}, the {name} of its config; "
+                "put the tokenizer files of the same Qwen3-VL release beside the weights"
+            )
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {backbone} has no chat template; add the release's chat_template.jinja")
+    return tokenizer
 
 
 def request_ids(tokenizer, instruction, chunk):
@@ -166,23 +187,24 @@ class Backbone(nn.Module):
         if spec.backbone == "tiny":
             self.qwen = Qwen3VLModel._from_config(tiny_config(self.tokenizer), attn_implementation="sdpa")
         else:
-            _check_qwen(spec.backbone)
-            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            half = spec.tuning != "full" and torch.cuda.is_available()  # what is trained stays f32
+            dtype = torch.bfloat16 if half else torch.float32
             self.qwen = Qwen3VLModel.from_pretrained(spec.backbone, dtype=dtype, attn_implementation="sdpa")
-            _add_lora(self.qwen, spec.lora_rank, spec.lora_alpha)
+        tune(self.qwen, spec)
         self.text_length, self.chunk, self.cameras = spec.text_length, spec.chunk, spec.cameras
         self.queries_count = placeholders  # Q
+        self.checkpointing = False  # compute activations again in the backward pass instead of keeping them
         text, vision = self.qwen.config.text_config, self.qwen.config.vision_config
         self.width, self.layers = text.hidden_size, text.num_hidden_layers
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
-        if spec.image_size % (self.patch * self.merge):
+        if spec.image_size < 1 or spec.image_size % (self.patch * self.merge):
             raise ValueError(
                 f"image_size is {spec.image_size}; "
                 f"it must be a multiple of {self.patch * self.merge} for {spec.backbone}"
             )
         self.grid = spec.image_size // self.patch  # patches along one side
         self.slots = (self.grid // self.merge) ** 2  # image tokens of one camera
-        self.known_ids = {}  # instruction -> token ids
+        self.known_ids = {}  # (instruction, device) -> ids [T] and their number, there already
         self._lay_out()
 
     # -- prompt ------------------------------------------------------------------------------------------------------
@@ -206,6 +228,12 @@ class Backbone(nn.Module):
         is_image = torch.zeros(self.length, dtype=torch.bool)
         is_image[: self.image_end][self.fixed_ids[: self.image_end] == self.qwen.config.image_token_id] = True
         self.register_buffer("is_image", is_image, persistent=False)  # [L]
+        positions, masks = self.positions_and_mask(torch.arange(self.text_length + 1))
+        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), positions)
+        tables = {"masks": masks, "cos": cos, "sin": sin}  # of each possible number of text tokens: [T + 1, ...]
+        tables |= zip(("vision_cos", "vision_sin"), self._vision_rope())
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -229,24 +257,28 @@ class Backbone(nn.Module):
 
     def text_ids(self, instruction):
         """Token ids of the whole request. Raises ValueError when they do not fit `text_length`."""
-        if instruction in self.known_ids:
-            return self.known_ids[instruction]
         ids = request_ids(self.tokenizer, instruction, self.chunk)
         if len(ids) > self.text_length:
             raise ValueError(
                 f"the instruction {instruction!r} takes {len(ids)} tokens with its request, "
                 f"but text_length is {self.text_length}; train with a larger --text-length"
             )
-        self.known_ids[instruction] = ids
         return ids
 
     def tokenise(self, instructions):
-        """[B] strings -> (ids i64 [B, T] padded with 0 on the right, counts i64 [B]) on this module's device."""
-        rows = [self.text_ids(text) for text in instructions]
-        ids = torch.zeros(len(rows), self.text_length, dtype=torch.long)
-        for row, found in zip(ids, rows):
-            row[: len(found)] = torch.tensor(found)
-        return ids.to(self.fixed_ids.device), torch.tensor([len(r) for r in rows], device=self.fixed_ids.device)
+        """[B] strings -> (ids i64 [B, T] padded with 0 on the right, counts i64 [B]) on this module's device.
+
+        Only a new instruction travels there; known ones are stacked where they lie.
+        """
+        device, rows = self.fixed_ids.device, []
+        for text in instructions:
+            if (text, device) not in self.known_ids:
+                ids = torch.tensor(self.text_ids(text))
+                padded = F.pad(ids, (0, self.text_length - len(ids)))
+                self.known_ids[text, device] = padded.to(device), torch.tensor(len(ids)).to(device)
+            rows.append(self.known_ids[text, device])
+        ids, counts = zip(*rows)
+        return torch.stack(ids), torch.stack(counts)
 
     def positions_and_mask(self, counts):
         """M-RoPE positions i64 [3, B, L], skipping padding; attention mask bool [B, 1, L, L], causal and without it."""
@@ -261,26 +293,33 @@ class Backbone(nn.Module):
 
     # -- pixels ------------------------------------------------------------------------------------------------------
 
+    def patches(self, images):
+        """f32 [B, C, 3, S, S] -> [B C, grid^2, 3 p p]: in merge-block order, as the image processor's."""
+        side, m, p = self.grid // self.merge, self.merge, self.patch
+        x = images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p)
+        return x.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(5).flatten(1, 4)
+
     def vision(self, images):
         """f32 [B, C, 3, S, S] in [-1, 1] -> ([B, C, slots, D], deepstack features: list of the same shape)."""
         visual, batch = self.qwen.visual, images.shape[:2]
-        side, m, p = self.grid // self.merge, self.merge, self.patch
-        x = (
-            images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        )  # merge blocks first
         weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # a still image fills both temporal halves: add them
-        x = F.linear(
-            x.flatten(5).flatten(1, 4).to(weight.dtype), weight, visual.patch_embed.proj.bias
-        )  # [B C, grid^2, Dv]
+        x = F.linear(self.patches(images).to(weight.dtype), weight, visual.patch_embed.proj.bias)  # [B C, grid^2, Dv]
         x = x + self._vision_positions()
-        cos, sin = self._vision_rope(x)
         deep, wanted = [], list(visual.deepstack_visual_indexes)
         for number, block in enumerate(visual.blocks):
-            x = x + self._vision_attention(block.attn, block.norm1(x), cos, sin)
-            x = x + block.mlp(block.norm2(x))
+            x = self._through(self._vision_block, block, x)
             if number in wanted:
                 deep.append(visual.deepstack_merger_list[wanted.index(number)](x).view(*batch, self.slots, -1))
         return visual.merger(x).view(*batch, self.slots, -1), deep
+
+    def _vision_block(self, block, x):
+        """All images of the batch in one attention call. x: [B C, grid^2, Dv]"""
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B C, heads, grid^2, head_dim]
+        q, k = (_rotate(t, self.vision_cos, self.vision_sin) for t in (q, k))
+        x = x + attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + block.mlp(block.norm2(x))
 
     def _merge_order(self, table):
         """[grid, grid, n] in rows and columns -> [grid^2, n] in merge-block order."""
@@ -296,52 +335,48 @@ class Backbone(nn.Module):
         )
         return self._merge_order(resized[0].permute(1, 2, 0)).to(table.dtype)
 
-    def _vision_rope(self, x):
+    def _vision_rope(self):
         """cos, sin f32 [grid^2, head_dim] of the axial rotary embedding (frequencies: half rows, half columns)."""
         config = self.qwen.config.vision_config
         head = config.hidden_size // config.num_heads
-        theta = getattr(config, "rope_parameters", None) or {}
-        frequencies = 1.0 / theta.get("rope_theta", 10000.0) ** (
-            torch.arange(0, head // 2, 2, device=x.device).float() / (head // 2)
-        )
-        places = torch.arange(self.grid, device=x.device)
+        theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+        frequencies = 1.0 / theta ** (torch.arange(0, head // 2, 2).float() / (head // 2))
+        places = torch.arange(self.grid)
         grid = torch.stack(torch.meshgrid(places, places, indexing="ij"), -1)  # [grid, grid, 2]
         angles = (self._merge_order(grid)[..., None] * frequencies).flatten(1).repeat(1, 2)  # [grid^2, head_dim]
         return angles.cos(), angles.sin()
 
-    def _vision_attention(self, attention, x, cos, sin):
-        """All images of the batch in one attention call. x: [B C, grid^2, Dv]"""
-        q, k, v = (
-            attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [B C, heads, grid^2, head_dim]
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, images, text, counts, placeholders):
-        """nu^(0)..nu^(N): list of N + 1 tensors [B, L, D].
+    def forward(self, images, text, counts, placeholders, keep=None):
+        """{k: nu^(k) [B, L, D]} for each k in `keep`, or for all, 0..N.
 
         images: f32 [B, C, 3, S, S] in [-1, 1]; text: i64 [B, T]; counts: i64 [B] real text tokens;
         placeholders: [Q, D].
         """
         language, batch = self.qwen.language_model, len(images)
+        keep = range(self.layers + 1) if keep is None else keep
         image_tokens, deep = self.vision(images)
-        ids = self.fixed_ids.repeat(batch, 1)
-        ids[:, self.text_start : self.header_start] = text
-        x = torch.cat(
-            [language.embed_tokens(ids), placeholders.to(image_tokens.dtype).expand(batch, -1, -1)], 1
-        )  # [B, L, D]
+        before, after = self.fixed_ids[: self.text_start], self.fixed_ids[self.header_start :]
+        ids = torch.cat([before.expand(batch, -1), text, after.expand(batch, -1)], 1)  # [B, L - Q]
+        queries = placeholders.to(image_tokens.dtype).expand(batch, -1, -1)
+        x = torch.cat([language.embed_tokens(ids), queries], 1)  # [B, L, D]
         x = torch.where(self.is_image[:, None], self._at_images(image_tokens), x)
-        positions, mask = self.positions_and_mask(counts)
-        rope, states = language.rotary_emb(x, positions), [x]
+        mask, rope = self.masks[counts], (self.cos[counts].to(x.dtype), self.sin[counts].to(x.dtype))
+        states = {0: x} if 0 in keep else {}
         for number, layer in enumerate(language.layers):
-            x = layer(x, attention_mask=mask, position_embeddings=rope)
+            x = self._through(layer, x, attention_mask=mask, position_embeddings=rope)
             if number < len(deep):
                 x = x + self._at_images(deep[number])
-            states.append(x)
-        states[-1] = language.norm(x)
+            if number + 1 in keep:
+                states[number + 1] = x if number + 1 < self.layers else language.norm(x)
         return states
+
+    def _through(self, function, *inputs, **named):
+        """function(*inputs, **named), under gradient checkpointing without keeping what it computes on the way."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+        return function(*inputs, **named)
 
     def _at_images(self, features):
         """[B, C, slots, D] -> [B, L, D]: the features at their slots, zeros elsewhere."""
@@ -363,35 +398,62 @@ def _rotate(x, cos, sin):
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
-def _check_qwen(name):
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != "qwen3_vl":
-        raise ValueError(
-            f"backbone {name} is a '{config.model_type}' checkpoint; "
-            "give --backbone tiny or a Qwen3-VL one (model_type qwen3_vl)"
-        )
+def tune(qwen, spec):
+    """Makes trainable what `spec.tuning` says of the backbone: its weights, low-rank updates of them, or nothing."""
+    tuning = spec.tuning or ("full" if spec.backbone == "tiny" else "lora")
+    qwen.requires_grad_(tuning == "full")
+    if tuning == "lora":
+        add_lora(qwen, spec.lora_rank, spec.lora_alpha, spec.lora_targets)
 
 
-def _add_lora(module, rank, alpha):
-    """Freezes `module` and adds trainable low-rank updates to each of its linear layers."""
+def add_lora(module, rank, alpha, targets=()):
+    """Adds trainable low-rank updates to the linear layers of `module` whose last name is in `targets` (default: all).
+
+    Raises ValueError listing the names that there are.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # 2 s to import, and the tiny backbone does without
 
     linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    known = sorted({_last_name(name) for name in linear})
+    if not set(targets) <= set(known):
+        raise ValueError(f"lora_targets are {', '.join(targets)}; the linear layers here are {', '.join(known)}")
+    chosen = [name for name in linear if not targets or _last_name(name) in targets]
     module.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), module)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), module)
+    for _, layer in lora_layers(module):
+        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in f32
     for parameter in module.parameters():
         if parameter.requires_grad:  # peft makes them in the base's bf16, where small updates round to nothing
             parameter.data = parameter.data.float()
 
 
+def _last_name(name):
+    return name.rpartition(".")[2]
+
+
+def lora_layers(module):
+    """[(name, layer)] of the linear layers with a low-rank update."""
+    return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")]
+
+
+def merge_lora(module):
+    """Adds each low-rank update to its matrix, once: plain linear layers remain, with nothing left to merge again."""
+    for name, layer in lora_layers(module):
+        layer.merge()
+        module.set_submodule(name, layer.get_base_layer())
+
+
 def base_hash(module):
-    """Short hash over names, shapes and first values of all frozen weights: which base model a run was trained on."""
+    """Short hash over names, shapes and first values of all frozen weights: which base model a run was trained on.
+
+    The values are hashed in bf16, so that a GPU (base in bf16) and a CPU (in f32) agree.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.named_parameters()):
         if not tensor.requires_grad:
             digest.update(
                 f"{name}{tuple(tensor.shape)}".encode()
-                + tensor.detach().flatten()[:1024].float().cpu().numpy().tobytes()
+                + tensor.detach().flatten()[:1024].bfloat16().float().cpu().numpy().tobytes()
             )
     return digest.hexdigest()[:16]
 
@@ -468,14 +530,14 @@ class VLA(nn.Module):
         self.backbone = Backbone(spec, self.latent_count + action_count)
         width, layers = self.backbone.width, self.backbone.layers
         self.queries = nn.Parameter(0.02 * torch.randn(self.latent_count + action_count, width))  # [Q, D]
-        self.first_layer = math.ceil(layers / 2)
-        self.align_layer = spec.align_layer or round(17 * layers / 28)
-        if not 0 < self.align_layer <= layers:
+        if not 0 <= spec.align_layer <= layers:
             raise ValueError(f"align_layer is {spec.align_layer}, but {spec.backbone} has layers 1 to {layers}")
-        head_width = spec.head_width or min(width, 1024)
-        self.head = ActionHead(
-            spec.chunk, spec.action_size, spec.proprio_size, width, layers - self.first_layer + 1, head_width, spec.gate
-        )
+        self.head_layers = range(math.ceil(layers / 2), layers + 1)
+        self.latent_layer = layers  # whose placeholder states the latent loss reads
+        if self.variant.target == "align":
+            self.latent_layer = spec.align_layer or round(17 * layers / 28)
+        head_width, blocks = spec.head_width or min(width, 1024), len(self.head_layers)
+        self.head = ActionHead(spec.chunk, spec.action_size, spec.proprio_size, width, blocks, head_width, spec.gate)
         self.latent_head = self._latent_head(width)
 
     def _latent_head(self, width):
@@ -494,36 +556,41 @@ class VLA(nn.Module):
         i64 [B, H, P] and vectors f32 [B, H, P, d]. Returns {"loss", "action_loss"} and, where there is one,
         "latent_loss" and "latent_accuracy" (share of codes predicted right).
         """
-        actions, states = self.run(batch)
+        actions, latents = self.run(batch)
         error = actions - batch["actions"]
         error = error.abs() if self.spec.action_loss == "l1" else error.square()
         result = {"action_loss": (error * batch["valid"][:, :, None]).mean()}
-        result |= self.latent_losses(states, batch) if self.variant.target else {}
+        result |= self.latent_losses(latents, batch) if self.variant.target else {}
         weight = self.variant.weight if self.spec.latent_weight < 0 else self.spec.latent_weight
         return {"loss": result["action_loss"] + weight * result.get("latent_loss", 0.0)} | result
 
     def run(self, batch):
-        """The one forward pass: (actions f32 [B, H, A] normalised, nu^(0)..nu^(N)).
-
-        On a GPU the backbone runs in bf16; pixels, head and losses stay in f32.
-        """
+        """(actions f32 [B, H, A] normalised, placeholder states f32 [B, Q, D] that the latent loss reads)."""
         images = prepare_images(batch["images"], self.spec.image_size, batch.get("draws"))
-        with autocast(self.queries.device):
-            states = self.backbone(images, *self.backbone.tokenise(batch["text"]), self.queries)
-        layers = [
-            (self.backbone.placeholder_states(x), self.backbone.image_states(x)) for x in states[self.first_layer :]
-        ]
         proprio = batch["proprio"] if self.spec.proprio_size else batch["proprio"][:, :0]
-        return self.head(layers, proprio), states
+        return self.act(images, *self.backbone.tokenise(batch["text"]), proprio)
 
-    def latent_losses(self, states, batch):
+    def act(self, images, text, counts, proprio):
+        """The one forward pass, on tensors of fixed shapes alone (what is compiled); inputs and outputs as above.
+
+        On a GPU, or with weights in bf16, the backbone runs in bf16; pixels, head and losses stay in f32.
+        """
+        bb, device = self.backbone, self.queries.device
+        half = bb.qwen.language_model.embed_tokens.weight.dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda"):
+            states = bb(images, text, counts, self.queries, {*self.head_layers, self.latent_layer})
+        pairs = [(bb.placeholder_states(states[k]), bb.image_states(states[k])) for k in self.head_layers]
+        return self.head(pairs, proprio), bb.placeholder_states(states[self.latent_layer])
+
+    def latent_losses(self, latents, batch):
         """L_latent of the paper, from the placeholder states nu^(k) [B, Q, D]; steps past the episode's end count 0."""
         valid, spec = batch["valid"].float(), self.spec
         if self.variant.target == "align":  # 1 - cos(linear(nu^(k)), mean of c over the P codes)
-            guess = self.latent_head(self.backbone.placeholder_states(states[self.align_layer]))  # [B, H, d]
+            guess = self.latent_head(latents)  # [B, H, d]
             return {"latent_loss": ((1 - F.cosine_similarity(guess, batch["vectors"].mean(2), dim=-1)) * valid).mean()}
-        latents = self.backbone.placeholder_states(states[-1])[:, : self.latent_count]
-        guess = self.latent_head(latents).unflatten(1, (spec.chunk, spec.codes_per_step))  # [B, H, P, K or d]
+        guess = self.latent_head(latents[:, : self.latent_count]).unflatten(
+            1, (spec.chunk, spec.codes_per_step)
+        )  # [B, H, P, K or d]
         if spec.continuous:
             error = (guess - batch["vectors"]).square().mean(3)  # [B, H, P]
             return {"latent_loss": (error * valid[:, :, None]).mean()}
@@ -536,6 +603,13 @@ class VLA(nn.Module):
 def _check_spec(spec):
     if spec.variant not in VARIANTS:
         raise ValueError(f"variant is '{spec.variant}'; choose one of {', '.join(VARIANTS)}")
+    if spec.tuning not in ("", "lora", "full", "frozen"):
+        raise ValueError(f"tuning is '{spec.tuning}'; choose lora, full or frozen")
+    if spec.backbone == "tiny" and (spec.tuning or spec.lora_targets):
+        name = "tuning" if spec.tuning else "lora_targets"
+        raise ValueError(f"{name} is {getattr(spec, name)!r}, but the tiny backbone is always trained in full")
+    if spec.lora_targets and spec.tuning not in ("", "lora"):
+        raise ValueError(f"lora_targets are {', '.join(spec.lora_targets)}, but tuning is '{spec.tuning}': no LoRA")
     if spec.action_loss not in ("l1", "l2"):
         raise ValueError(f"action_loss is '{spec.action_loss}'; choose l1 or l2")
     if spec.placeholders_per_step > 1 and spec.variant != "baseline":
@@ -549,6 +623,15 @@ def _check_spec(spec):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A trained run as a policy
+
+
+def check_gpu(name, capability):
+    """Raises ValueError for a GPU without bf16, by its name and compute capability (major, minor)."""
+    if tuple(capability) < (8, 0):
+        raise ValueError(
+            f"the GPU {name} has compute capability {capability[0]}.{capability[1]}, and bf16 needs 8.0 (Ampere); "
+            "use a newer one, or the CPU with CUDA_VISIBLE_DEVICES="
+        )
 
 
 def load_vla(run, text_length=0):
@@ -572,7 +655,10 @@ def load_vla(run, text_length=0):
 
 
 class Policy:
-    """policy(images, instructions, proprio) -> actions in physical units, from a run directory."""
+    """policy(images, instructions, proprio) -> actions in physical units, from a run directory.
+
+    On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size: call it with few.
+    """
 
     def __init__(self, run, data="", device=""):
         """data: whose statistics to use, by data set name; needed only when the run was trained on several.
@@ -581,8 +667,7 @@ class Policy:
         """
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.run = run
-        self.vla, self.config = load_vla(run)
-        self.vla.to(self.device)
+        self._load()
         every = json.loads((Path(run) / "dataset_statistics.json").read_text())
         name = data or (next(iter(every)) if len(every) == 1 else "")
         if name not in every:
@@ -595,6 +680,17 @@ class Policy:
                 f"(hash {statistics_hash(self.stats)}, not {self.entry['statistics']}): put the run's own file back"
             )
 
+    def _load(self, text_length=0):
+        """Reads the run, with LoRA merged into its matrices."""
+        vla, self.config = load_vla(self.run, text_length)
+        self.vla = vla.to(self.device)
+        merge_lora(self.vla)
+        if self.vla.queries.is_cuda:
+            check_gpu(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
+            for parameter in self.vla.backbone.qwen.parameters():
+                parameter.data = parameter.data.bfloat16()
+            self.vla.act = torch.compile(self.vla.act, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
     def make_room(self, instructions):
         """Lets the model read these instructions, should they be longer than those of its training.
 
@@ -603,7 +699,7 @@ class Policy:
         backbone = self.vla.backbone
         longest = max(len(request_ids(backbone.tokenizer, text, backbone.chunk)) for text in instructions)
         if longest > backbone.text_length:
-            self.vla = load_vla(self.run, (longest + 7) // 8 * 8)[0].to(self.device)
+            self._load((longest + 7) // 8 * 8)
 
     @torch.inference_mode()
     def __call__(self, images, instructions, proprio):

@@ -62,11 +62,11 @@ from data import (
     steps_of,
 )
 from latent import load_tokenizer
-from model import VARIANTS, VLA, Spec, base_hash, request_ids, text_tokenizer
+from model import VARIANTS, VLA, Spec, base_hash, check_gpu, request_ids, text_tokenizer
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
 FREE_TO_CHANGE = {"resume", "out", "data", "labels", "tokenizer", "cache", "num_workers", "save_every", "val_every"}
-FREE_TO_CHANGE |= {"wandb_project", "per_device_batch_size"}
+FREE_TO_CHANGE |= {"wandb_project", "per_device_batch_size", "gradient_checkpointing", "compile"}
 LOG_EVERY = 20  # steps between writes of the log: losses stay on the device until then
 
 
@@ -96,10 +96,15 @@ class Config:
 
     backbone: str = "tiny"
     """tiny, or a Qwen3-VL checkpoint directory or hub id"""
+    tuning: Literal["", "lora", "full", "frozen"] = ""
+    """what is trained of a pretrained backbone: low-rank updates, all weights, nothing
+    (default: lora; the tiny backbone is always trained in full)"""
     lora_rank: int = 64
-    """rank of LoRA on all linear layers of a pretrained backbone"""
+    """rank of LoRA"""
     lora_alpha: int = 16
     """scale of LoRA: alpha / rank"""
+    lora_targets: tuple[str, ...] = ()
+    """last names of the linear layers that get LoRA, as q_proj or qkv (default: all of vision and language)"""
     image_size: int = 0
     """side of the images that the backbone sees (default: as stored, rounded down to a multiple of 32)"""
     cameras: tuple[str, ...] = ()
@@ -130,6 +135,10 @@ class Config:
     """samples per optimizer step, over all processes"""
     per_device_batch_size: int = 0
     """samples per forward pass of one process (default: all of its share)"""
+    gradient_checkpointing: bool = False
+    """keep only the inputs of the backbone's layers for the backward pass: less memory, about a third more work"""
+    compile: bool = False
+    """compile backbone and head: minutes at the start, faster steps"""
     learning_rate: float = 1e-3
     """peak learning rate (the paper: 1e-4 with a pretrained backbone)"""
     lr_scheduler: Literal["constant", "step", "cosine"] = "cosine"
@@ -271,8 +280,10 @@ def make_spec(config, indices, cameras, labels, tokenizer):
         align_layer=config.align_layer,
         placeholders_per_step=config.placeholders_per_step,
         latent_weight=config.latent_weight,
+        tuning=config.tuning,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        lora_targets=config.lora_targets,
         head_width=config.head_width,
         gate=1.0 if config.backbone == "tiny" else 0.0,
     )
@@ -312,7 +323,10 @@ def add_action_codes(batch, tokenizer):
 
 @torch.no_grad()
 def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
-    """Mean absolute error of the normalised actions on an even choice of held-out steps, over all processes."""
+    """Mean absolute error of the normalised actions on an even choice of held-out steps, over all processes.
+
+    Never compiled: its batches have other sizes than those of training.
+    """
     steps = [(number, int(step)) for number, chosen in enumerate(held_out) for step in chosen]
     steps = steps[:: max(1, len(steps) // samples)][ranks.rank :: ranks.world]
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -321,7 +335,9 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
         batch = to_device(
             default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]]), ranks.device
         )
-        error = (vla.run(batch)[0] - batch["actions"]).abs() * batch["valid"][:, :, None]
+        with torch.compiler.set_stance("force_eager"):
+            actions, _ = vla.run(batch)
+        error = (actions - batch["actions"]).abs() * batch["valid"][:, :, None]
         total += torch.stack([error.sum(), batch["valid"].sum() * error.shape[2]])
     vla.train()
     total = all_sum(total)
@@ -364,6 +380,7 @@ def setup(config, ranks):
     held_out = [steps_of(index, held) for index, (_, held) in zip(indices, split)]
     torch.manual_seed(config.seed)
     vla = VLA(make_spec(config, indices, cameras, labels, tokenizer)).to(ranks.device)
+    vla.backbone.tokenise([text for index in indices for text in set(index.instructions)])  # too long? before a folder
     description = {
         "train": plain(config),
         "model": asdict(vla.spec),
@@ -384,9 +401,15 @@ def setup(config, ranks):
 def main(config):
     """Trains one run; returns its folder."""
     ranks = start_ranks()
+    if ranks.device.type == "cuda":
+        check_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     dataset, held_out, vla, tokenizer, run, resuming, description = setup(config, ranks)
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
     first = restore_training(run, vla, optimizer) if resuming else 0
+    vla.backbone.checkpointing = config.gradient_checkpointing
+    if config.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph, also under checkpointing; LoRA's gradients are small
+        vla.act = torch.compile(vla.act, fullgraph=True, dynamic=False)
     share = config.global_batch_size // ranks.world
     micro = config.per_device_batch_size or share
     accumulation = share // micro

@@ -408,6 +408,33 @@ def test_data_without_labels_has_none(index, rlds):
 # Pixels
 
 
+@pytest.mark.parametrize("mode, subsampling", (("RGB", 0), ("RGB", 2), ("L", 0)))
+def test_decoded_pixels_are_pillows(mode, subsampling):
+    """With simplejpeg or without: full and halved chroma, grey, sides that are no multiple of a block."""
+    buffer, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (37, 51, len(mode)), dtype=np.uint8)
+    options = {} if mode == "L" else {"subsampling": subsampling}
+    Image.fromarray(noise.squeeze()).save(buffer, "JPEG", quality=90, **options)
+    found = data.decode_jpeg(buffer.getvalue())
+    assert found.shape == (37, 51, 3) and found.dtype == np.uint8
+    assert np.array_equal(found, np.asarray(Image.open(buffer).convert("RGB")))
+
+
+def test_augmentation_on_average():
+    """Of grey images: brightness moves all pixels by -0.2 to 0.2, 0 on average, and nothing gives them colour; of
+    a ramp: the crop's place is central on average, anywhere in the free room."""
+    u = torch.rand(4000, 1, 6, generator=torch.Generator().manual_seed(0))
+    grey = torch.full((1, 4, 4, 3), 128, dtype=torch.uint8).expand(4000, -1, -1, -1)
+    level = data.prepare_images([grey], 4, u)[:, 0] / 2 + 0.5 - 128 / 255  # [4000, 3, 4, 4]
+    assert (level - level.mean((1, 2, 3), keepdim=True)).abs().max() < 1e-3
+    assert level.abs().max() < 0.2 + 1e-4 and level.max() > 0.195 and level.min() < -0.195 and level.mean().abs() < 0.01
+    u[..., 2:] = 0.5  # colours as they are
+    pixels = (data.prepare_images([ramp().expand(4000, -1, -1, -1)], 20, u)[:, 0] + 1) / 2 * 255
+    for channel in (0, 1):
+        place = pixels[:, channel].mean((1, 2)) / 5 - 19.5  # of the crop's centre, in input pixels from the image's
+        room = 20 * (1 - 0.9**0.5)
+        assert place.abs().max() < room + 1e-3 and place.abs().max() > 0.97 * room and place.mean().abs() < 0.03
+
+
 def ramp(size=40):
     """u8 [1, size, size, 3]: red grows by 5 a column, green by 5 a row, blue is constant."""
     row = torch.arange(size, dtype=torch.uint8) * 5

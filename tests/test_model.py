@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model
 from common import load_tensors, save_tensors
@@ -170,9 +172,118 @@ def test_states_equal_transformers_own_forward(cameras, image_size):
     last = bb.qwen(**inputs).last_hidden_state
     ours = bb(images, ids, counts, vla.queries)
     theirs = [*theirs[: bb.layers], last]
-    assert len(ours) == len(theirs) == 5
-    for k, (a, b) in enumerate(zip(ours, theirs)):
+    assert list(ours) == [0, 1, 2, 3, 4]
+    for k, (a, b) in enumerate(zip(ours.values(), theirs, strict=True)):
         assert (a - b)[real].abs().max() < 1e-5 * b[real].abs().max(), k
+
+
+def test_patches_equal_the_image_processors():
+    """Of the same u8 pictures of 256 px, in every bit: transformers' Pillow variant, either temporal half."""
+    bb = build("baseline", image_size=256).backbone
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
+    sizes = dict(patch_size=16, merge_size=2, size={"shortest_edge": 65536, "longest_edge": 16777216})
+    processor = Qwen2VLImageProcessorPil(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for options, pixels, tolerance in (
+        ({"do_rescale": False, "do_normalize": False}, torch.from_numpy(pictures).float(), 0),
+        ({}, torch.from_numpy(pictures).float() / 255 * 2 - 1, 2e-7),
+    ):
+        theirs = processor(list(pictures), return_tensors="pt", **options)
+        assert theirs["image_grid_thw"].tolist() == [[1, 16, 16]] * 4
+        ours = bb.patches(pixels.permute(0, 3, 1, 2).unflatten(0, (2, 2))).unflatten(2, (3, 256))  # [4, 256, 3, p p]
+        for half in theirs["pixel_values"].view(4, 256, 3, 2, 256).unbind(3):
+            assert (ours - half).abs().max() <= tolerance
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What makes a step fast
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation for which a GPU's host would wait: a value read, a size that depends on values, a copy of
+    host data, a matrix inverse."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh", "linalg_inv_ex")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "index" else []
+        self.found += [name] * (name in self.names or bool(masks))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_never_waits_for_the_device(variant):
+    """Forward and backward of known instructions, augmented; what would wait is noticed."""
+    vla = build(variant)
+    batch = batch_for(vla) | {"draws": torch.rand(4, 2, 6)}
+    vla(batch)  # from here on the instructions are known
+    with Waits() as waits:
+        vla(batch)["loss"].backward()
+    assert waits.found == []
+    with Waits() as waits:
+        batch["codes"][batch["valid"]].sum().item()
+        torch.tensor([1])
+    assert waits.found == ["index", "_local_scalar_dense", "lift_fresh"]
+
+
+def losses_and_gradients(vla, batch):
+    """The losses, and the gradients of all that is trained."""
+    vla.zero_grad(set_to_none=True)
+    losses = vla(batch)
+    losses["loss"].backward()
+    return [*losses.values(), *(p.grad for p in vla.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("lora", (False, True))
+def test_gradient_checkpointing_changes_nothing(lora):
+    """The same losses and gradients; every block of vision and language runs twice."""
+    vla, calls = build("la_cond"), []
+    if lora:
+        model.add_lora(vla.backbone.qwen, 2, 4)
+    batch, qwen = batch_for(vla), vla.backbone.qwen
+    expected = losses_and_gradients(vla, batch)
+    blocks = [*qwen.language_model.layers, *qwen.visual.blocks]
+    for block in blocks:
+        block.mlp.register_forward_pre_hook(lambda module, _: calls.append(module))
+    vla.backbone.checkpointing = True
+    found = losses_and_gradients(vla, batch)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(found, expected, strict=True))
+    assert len(found) > len(blocks) and all(calls.count(block.mlp) == 2 for block in blocks)
+
+
+@pytest.mark.parametrize("lora", (False, True))
+def test_one_graph_for_all_batches(lora):
+    """Backbone and head compile without a break, and other instructions, lengths and pixels need no second graph."""
+    vla, eager = build("la_align"), []
+    if lora:
+        model.add_lora(vla.backbone.qwen, 2, 4)
+        vla.backbone.checkpointing = True
+    batches = [batch_for(vla, seed=seed) | {"text": TEXTS[seed:] + TEXTS[:seed]} for seed in (0, 1, 2)]
+    eager = [vla(batch)["loss"] for batch in batches]
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        vla.act = torch.compile(vla.act, fullgraph=True, dynamic=False, backend="eager")
+        for batch, expected in zip(batches, eager, strict=True):
+            loss = vla(batch)["loss"]
+            loss.backward()
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_only_the_states_that_are_read_are_kept():
+    """The head's second half of the layers, and la_align's; the others are not returned."""
+    for variant, changes, expected in (
+        ("baseline", {}, {2, 3, 4}),
+        ("la_align", {"align_layer": 1}, {1, 2, 3, 4}),
+        ("la_cond", {}, {2, 3, 4}),
+    ):
+        vla, seen = build(variant, **changes), []
+        vla.backbone.register_forward_hook(lambda _, inputs, states: seen.append(states))  # noqa: B023
+        vla.run(batch_for(vla))
+        assert seen[0].keys() == expected, variant
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +302,8 @@ def test_padding_changes_nothing():
     ids, counts = bb.tokenise(batch["text"])
     other = torch.where(torch.arange(24) < counts[:, None], ids, 99)
     assert not torch.equal(ids, other)
-    for x, y in zip(bb(images, ids, counts, vla.queries)[1:], bb(images, other, counts, vla.queries)[1:]):
+    padded, changed = (bb(images, text, counts, vla.queries, range(1, 5)) for text in (ids, other))
+    for x, y in zip(padded.values(), changed.values(), strict=True):
         assert torch.allclose(bb.placeholder_states(x), bb.placeholder_states(y), atol=1e-6)
 
 
@@ -386,10 +498,12 @@ def test_head_reads_every_placeholder_at_every_used_layer(variant, count):
     """nu^(2), nu^(3), nu^(4) of 4 layers at all placeholders and image tokens: each has a gradient of the actions."""
     vla, seen = build(variant), []
     vla.head.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
-    actions, states = vla.run(batch_for(vla))
-    assert len(seen) == 3 and all(
-        torch.equal(p, vla.backbone.placeholder_states(x)) for (p, _), x in zip(seen, states[2:])
-    )
+    batch, bb = batch_for(vla), vla.backbone
+    actions, _ = vla.run(batch)
+    states = bb(model.prepare_images(batch["images"], 64), *bb.tokenise(batch["text"]), vla.queries)
+    for (placeholders, images), k in zip(seen, (2, 3, 4), strict=True):
+        assert torch.equal(placeholders, bb.placeholder_states(states[k]))
+        assert torch.equal(images, bb.image_states(states[k]))
     for placeholders, images in seen:
         assert placeholders.shape[1] == count and images.shape[1] == 2 * 4
     weight = torch.randn(actions.shape, generator=torch.Generator().manual_seed(0))
@@ -408,7 +522,8 @@ def test_la_cond_latents_never_see_actions():
         """Change of the latent and of the action placeholders' states when these placeholders change."""
         queries = vla.queries.clone()
         queries[rows] += 0.1
-        pairs = zip(bb(images, *text, vla.queries)[1:], bb(images, *text, queries)[1:])
+        before, after = (bb(images, *text, rows, range(1, 5)).values() for rows in (vla.queries, queries))
+        pairs = zip(before, after, strict=True)
         change = torch.stack(
             [(bb.placeholder_states(a) - bb.placeholder_states(b)).abs().amax((0, 2)) for a, b in pairs]
         )  # [N, Q]
@@ -425,8 +540,8 @@ def test_latent_placeholders_are_ordered_time_first():
     """Placeholder h P + p is compared with code p of step h."""
     vla = build("la_direct")
     batch = batch_for(vla, 1)
-    _, states = vla.run(batch)
-    logits = vla.latent_head(vla.backbone.placeholder_states(states[-1]))[0].log_softmax(-1)  # [H P, K]
+    _, latents = vla.run(batch)
+    logits = vla.latent_head(latents)[0].log_softmax(-1)  # [H P, K]
     expected = -sum(logits[2 * h + p, batch["codes"][0, h, p]] for h in range(CHUNK) for p in range(2)) / (2 * CHUNK)
     assert vla(batch)["latent_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     best = logits.argmax(-1).view(1, CHUNK, 2)
@@ -439,8 +554,9 @@ def test_align_loss_by_hand(layer):
     """1 - cos of the projected nu^(k) at placeholder h and the mean over P of c_{t+h}; k = 2 of 4 by default."""
     vla = build("la_align", align_layer=layer)
     batch = batch_for(vla)
-    _, states = vla.run(batch)
-    guess = vla.latent_head(vla.backbone.placeholder_states(states[layer or 2])).numpy()
+    bb = vla.backbone
+    states = bb(model.prepare_images(batch["images"], 64), *bb.tokenise(batch["text"]), vla.queries)
+    guess = vla.latent_head(bb.placeholder_states(states[layer or 2])).numpy()
     total = 0
     for b, h in zip(*np.nonzero(batch["valid"].numpy())):
         target = batch["vectors"][b, h].numpy().mean(0)
@@ -458,10 +574,9 @@ def test_continuous_targets_by_hand(variant):
     """A two-layer MLP on the same placeholders, squared error to the vectors, no accuracy."""
     vla = build(variant, continuous=True)
     batch = batch_for(vla)
-    _, states = vla.run(batch)
+    _, latents = vla.run(batch)
     first, _, second = vla.latent_head
-    x = vla.backbone.placeholder_states(states[-1])[:, : vla.latent_count]
-    guess = second(F.gelu(first(x))).view(batch["vectors"].shape)
+    guess = second(F.gelu(first(latents[:, : vla.latent_count]))).view(batch["vectors"].shape)
     expected = ((guess - batch["vectors"]).square().mean((2, 3)) * batch["valid"]).sum() / (4 * CHUNK)
     losses = vla(batch)
     assert losses["latent_loss"].item() == pytest.approx(expected.item(), rel=1e-5) and "latent_accuracy" not in losses
@@ -489,6 +604,10 @@ def test_more_placeholders_for_the_baseline():
     ("la_align", {"continuous": True}, "continuous targets are for la_direct"),
     ("la_align", {"align_layer": 5}, "align_layer is 5, but tiny has layers 1 to 4"),
     ("baseline", {"image_size": 72}, "image_size is 72; it must be a multiple of 32"),
+    ("baseline", {"image_size": 0}, "image_size is 0; it must be a multiple of 32"),
+    ("baseline", {"tuning": "half"}, "tuning is 'half'; choose lora, full or frozen"),
+    ("baseline", {"tuning": "lora"}, "tuning is 'lora', but the tiny backbone is always trained in full"),
+    ("baseline", {"lora_targets": ("qkv",)}, "lora_targets is .'qkv',., but the tiny backbone is always"),
 ))  # fmt: skip
 def test_what_cannot_work_is_refused(variant, changes, message):
     """The field, its value and what would work."""
@@ -503,8 +622,68 @@ def test_what_cannot_work_is_refused(variant, changes, message):
 def test_lora_is_trained_in_full_precision():
     """On a bf16 base the low-rank updates are f32: in bf16, small steps of the optimizer would round to nothing."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 4)).bfloat16()
-    model._add_lora(base, 2, 4)
+    model.add_lora(base, 2, 4)
     assert {(p.requires_grad, p.dtype) for p in base.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_base_in_half_precision():
+    """Frozen weights in bf16 with updates in f32 give the f32 losses and gradients to 2 %, and merge without loss."""
+    vla, half = build("la_align"), build("la_align")
+    for p in half.backbone.qwen.parameters():
+        p.data = p.data.bfloat16()
+    found = []
+    for each in (vla, half):
+        torch.manual_seed(3)
+        model.add_lora(each.backbone.qwen, 2, 4)
+        for _, layer in model.lora_layers(each.backbone.qwen):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+        found.append(losses_and_gradients(each, batch_for(each)))
+    for a, b in zip(*found, strict=True):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.1 * a.norm() + 1e-4
+    assert found[1][0].item() == pytest.approx(found[0][0].item(), rel=0.02)
+    before = half.run(batch_for(half))[0]
+    model.merge_lora(half)
+    assert (half.run(batch_for(half))[0] - before).abs().mean() < 0.02 * before.abs().mean()
+
+
+def trained(module):
+    """Names of the trainable parameters."""
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_lora_on_some_layers():
+    """Layers by their last name, in vision and language; a name that is not there is refused with those that are."""
+    qwen = build("baseline").backbone.qwen
+    with pytest.raises(
+        ValueError, match="lora_targets are qkv, query; the linear layers here are down_proj, gate_proj"
+    ):
+        model.add_lora(qwen, 2, 4, ("qkv", "query"))
+    model.add_lora(qwen, 2, 4, ("qkv", "q_proj"))
+    vision = {f"visual.blocks.{n}.attn.qkv" for n in range(3)}
+    language = {f"language_model.layers.{n}.self_attn.q_proj" for n in range(4)}
+    assert {name.split(".lora_")[0] for name in trained(qwen)} == vision | language
+
+
+def test_what_is_tuned(checkpoint):
+    """All linear layers' updates by default, all weights, or nothing of the backbone; head and queries always."""
+    base = str(checkpoint(torch.float32))
+    for tuning in ("", "lora", "full", "frozen"):
+        vla = VLA(replace(spec("la_align"), backbone=base, tuning=tuning))
+        qwen, every = vla.backbone.qwen, {name for name, _ in vla.backbone.qwen.named_parameters()}
+        if tuning == "full":
+            assert trained(qwen) == every
+        elif tuning == "frozen":
+            assert trained(qwen) == set()
+        else:
+            linear = {
+                name for name, m in qwen.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in name
+            }
+            assert linear == {f"{name}.base_layer" for name, _ in model.lora_layers(qwen)}
+            assert trained(qwen) == {name for name in every if ".lora_A." in name or ".lora_B." in name}
+        assert {"queries", "head.queries", "latent_head.weight"} <= trained(vla)
+        assert all(p.dtype == torch.float32 for p in vla.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="lora_targets are qkv, but tuning is 'full': no LoRA"):
+        VLA(replace(spec("baseline"), backbone=base, tuning="full", lora_targets=("qkv",)))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -536,6 +715,15 @@ def test_pretrained_checkpoint_trains_by_lora_and_loads_again(dtype, checkpoint,
         if not p.requires_grad
     }
     assert frozen.keys() == stored.keys() and all(torch.equal(p, stored[name]) for name, p in frozen.items())
+    model.merge_lora(again)
+    merged = {name: p.clone() for name, p in again.backbone.named_parameters()}
+    model.merge_lora(again)  # finds nothing left to merge
+    assert model.lora_layers(vla) and not model.lora_layers(again) and not model.lora_layers(model.Policy(run).vla)
+    assert {name.removeprefix("qwen.") for name in merged} == stored.keys()
+    assert all(torch.equal(p, merged[name]) for name, p in again.backbone.named_parameters())
+    assert (merged["qwen.visual.blocks.0.attn.qkv.weight"] - stored["visual.blocks.0.attn.qkv.weight"]).abs().max() > 0
+    with torch.no_grad():
+        assert torch.allclose(again.run(batch)[0], vla.run(batch)[0], atol=2e-5)
 
 
 def test_another_base_is_refused(checkpoint, train_config, tmp_path):
@@ -560,6 +748,31 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     model.tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a 'bert' checkpoint.*qwen3_vl"):
         VLA(replace(spec("baseline"), backbone=str(tmp_path)))
+
+
+def test_tokenizer_without_the_images_tokens_is_refused(checkpoint):
+    """The token is named by its number and its name in the config; so is a missing chat template."""
+    from transformers import AutoConfig
+
+    base = checkpoint(torch.float32)
+    tokenizer, config = model.tiny_tokenizer(), AutoConfig.from_pretrained(base)
+    tokenizer.chat_template = None
+    (base / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ValueError, match="has no chat template; add"):
+        VLA(replace(spec("baseline"), backbone=str(base)))
+    config.vision_end_token_id = 7
+    config.save_pretrained(base)
+    with pytest.raises(ValueError, match="has no special token 7, the vision_end_token_id of its config"):
+        VLA(replace(spec("baseline"), backbone=str(base)))
+
+
+def test_gpu_without_bf16_is_refused():
+    """By its compute capability: Turing is refused, Ampere and newer pass."""
+    with pytest.raises(ValueError, match="the GPU Tesla T4 has compute capability 7.5, and bf16 needs 8.0"):
+        model.check_gpu("Tesla T4", (7, 5))
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        model.check_gpu("newer", capability)
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):

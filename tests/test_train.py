@@ -1,6 +1,7 @@
 """train.py: a real run and its files; accumulation, processes and resuming change nothing; bad input harms nothing."""
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -275,6 +276,21 @@ def test_killed_run_resumes_bit_identically(run, script, tmp_path):
         assert torch.equal(tensor, tensors[name]), name
 
 
+def test_checkpointing_and_compiling_change_nothing(train_config, tmp_path, monkeypatch):
+    """The same losses, with evaluations on held-out steps in between and no graph made twice.
+
+    Dynamo's own backend stands in for the one that writes C++, which takes minutes.
+    """
+    changes = dict(variant="la_cond", global_batch_size=4, max_steps=3, val_every=1)
+    train.main(train_config(tmp_path / "plain", **changes))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train.main(train_config(tmp_path / "fast", **changes, gradient_checkpointing=True, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert_same_losses(log_of(tmp_path / "fast"), log_of(tmp_path / "plain"))
+
+
 def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
     """A run that was killed before it saved anything is trained from the start."""
     train.main(train_config(tmp_path / "run", variant="baseline"))
@@ -348,11 +364,13 @@ def test_what_is_decayed(train_config, tmp_path):
     ({"align_target": "quantised"}, "hold continuous vectors, but align_target is 'quantised'"),
     ({"chunk": 5, "variant": "la_tok"}, "action tokenizer .*'chunk': 8.*'chunk': 5"),
     ({"text_length": 8}, "text_length is 8; train with a larger --text-length"),
+    ({"tuning": "frozen"}, "tuning is 'frozen', but the tiny backbone is always trained in full"),
 ))  # fmt: skip
 def test_settings_that_cannot_work(changes, message, train_config, tmp_path):
     """A ValueError with the field and the value."""
     with pytest.raises(ValueError, match=message):
         train.main(train_config(**{"out": tmp_path / "run"} | changes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_batch_that_the_processes_cannot_share(train_config, tmp_path):
