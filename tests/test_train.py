@@ -284,7 +284,7 @@ def test_checkpointing_and_compiling_change_nothing(train_config, tmp_path, monk
     changes = dict(variant="la_cond", global_batch_size=4, max_steps=3, val_every=1)
     train.main(train_config(tmp_path / "plain", **changes))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch.compiler.reset()
+    torch.compiler.reset(), torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         train.main(train_config(tmp_path / "fast", **changes, gradient_checkpointing=True, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
