@@ -1182,12 +1182,17 @@ def encode_episode(model, frames, batch_size, text=None):
 
     text: of stage 1, the instruction's states [length, width].
     """
-    device, count = model.patch_up.weight.device, len(frames)
-    features = torch.cat([model.features(part.to(device)) for part in frames.split(batch_size)])  # [n, N, F]
+    device, count, codes, vectors = model.patch_up.weight.device, len(frames), [], []
     ahead = torch.arange(count).add(model.sizes.delta).clamp(max=count - 1)
-    codes, vectors = [], []
+    known = torch.empty(0, device=device)  # features of the frames from the batch's first on
     for at in range(0, count, batch_size):
-        a, b = features[at : at + batch_size], features[ahead[at : at + batch_size]]
+        rows = ahead[at : at + batch_size]  # of the later frames
+        known = known[batch_size:] if at else known
+        missing = frames[at + len(known) : int(rows[-1]) + 1].to(device)
+        known = torch.cat(
+            [known, *(model.features(part) for part in missing.split(batch_size) if len(part))]
+        )  # [n, N, F]
+        a, b = known[: len(rows)], known[(rows - at).to(device)]
         words = () if text is None else (text.expand(len(a), -1, -1), torch.ones(len(a), len(text), dtype=torch.bool))
         for found, part in zip((codes, vectors), model.encode(a, b, *(word.to(device) for word in words)), strict=True):
             found.append(part)
@@ -1219,8 +1224,10 @@ def label(config, ranks):
     label_groups(index, model, groups[ranks.rank :: ranks.world], parts, about, config, ranks)
     if ranks.main:
         paths = [parts / f"{group[0]}.safetensors" for group in groups]
+        if not all(is_part(path, about) for path in paths):
+            print(f"waiting for the other processes' parts in {parts}")
         while not all(is_part(path, about) for path in paths):
-            time.sleep(1)  # for the other processes
+            time.sleep(1)
         loaded = [common.load_tensors(path)[0] for path in paths]
         tensors = {name: torch.cat([part[name] for part in loaded]) for name in ("codes", "vectors")}
         common.save_tensors(out, tensors, **about)
