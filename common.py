@@ -83,9 +83,10 @@ def to_device(batch, device):
     return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
 
 
-def autocast(device):
-    """The precision of everything large: bf16 on a GPU, f32 on a CPU. Weights, losses and codebooks stay f32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device, half=False):
+    """The precision of everything large: bf16 on a GPU, or with `half` anywhere, else f32. What is trained, losses and
+    codebooks stay f32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda")
 
 
 def print0(*words, **options):

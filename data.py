@@ -274,6 +274,15 @@ def open_index(path, cache=CACHE):
     return Index(name, directory, folder, shards=shards, starts=starts, **arrays, **info)
 
 
+def open_indices(paths, cache=CACHE):
+    """`open_index` of each path. Raises ValueError when two have one name: statistics are kept by name."""
+    indices = [open_index(path, cache) for path in paths]
+    names = [index.name for index in indices]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data holds two data sets of one name, {names}; rename one, as statistics are kept by name")
+    return indices
+
+
 def _scan(shards, features, salt):
     """Reads every record once. Returns (image locations, columns, starts, texts and metadata as JSON)."""
     digest, lengths = hashlib.sha256(salt), []

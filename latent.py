@@ -66,6 +66,7 @@ from data import (
     later,
     normalise,
     open_index,
+    open_indices,
     split_episodes,
     standardise,
     statistics,
@@ -467,13 +468,11 @@ def text_states(source, instructions, device="cpu"):
     else:
         from transformers import AutoTokenizer, T5EncoderModel
 
-        tokenizer, t5 = (
-            AutoTokenizer.from_pretrained(source),
-            T5EncoderModel.from_pretrained(source, dtype=torch.float32),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        t5 = T5EncoderModel.from_pretrained(source, dtype=torch.float32).to(device)
         with torch.no_grad():
             ids = (tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in instructions)
-            found = [t5.to(device)(row).last_hidden_state[0].cpu() for row in ids]
+            found = [t5(row).last_hidden_state[0].cpu() for row in ids]
     return dict(zip(instructions, found, strict=True))
 
 
@@ -935,15 +934,8 @@ class Tokenizer(Training):
     """updates after which a code that nothing chose is restarted"""
 
 
-FREE_TO_CHANGE = {
-    "resume",
-    "out",
-    "data",
-    "cache",
-    "num_workers",
-    "save_every",
-    "wandb_project",
-}  # of a resumed training
+# Of a resumed training: where things lie, and what does not alter results.
+FREE_TO_CHANGE = {"resume", "out", "data", "cache", "num_workers", "save_every", "wandb_project"}
 
 
 def check(config, world):
@@ -1024,17 +1016,15 @@ def tokenizer_and_samples(config, indices, stats, ranks):
 def train(config, ranks):
     """Trains the model that `config` describes, saves it in config.out and measures it on held-out episodes."""
     check(config, ranks.world)
-    indices = [open_index(path, config.cache) for path in config.data]
-    names = [index.name for index in indices]
-    if len(set(names)) < len(names):
-        raise ValueError(f"data holds two data sets of one name, {names}; rename one, as statistics are kept by name")
+    indices = open_indices(config.data, config.cache)
     stats = [statistics(index) for index in indices]
     torch.manual_seed(config.seed)
     kind, make = ("lam", lam_and_samples) if isinstance(config, Lam) else ("tokenizer", tokenizer_and_samples)
     model, samples = make(config, indices, stats, ranks)
     split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
     training = samples([kept for kept, _ in split])
-    held_out = samples([held for _, held in split] if any(len(held) for _, held in split) else [k for k, _ in split])
+    some = any(len(held) for _, held in split)
+    name, measured = ("held-out", samples([held for _, held in split])) if some else ("training", training)
     description = {"kind": kind, "model": model.config, "training": common.plain(config), "commit": common.commit()}
     description |= {"data": [{"name": i.name, "fingerprint": i.fingerprint} for i in indices]}
     source = getattr(config, "init_from", None)
@@ -1044,13 +1034,11 @@ def train(config, ranks):
         named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
         common.write_json(config.out / "dataset_statistics.json", named)
     fit(model.to(ranks.device), training, config, ranks, resuming)
-    measured = {"held-out episodes" if any(len(held) for _, held in split) else "training episodes": held_out}
-    for name, part in measured.items():
-        report = measure(model, part, ranks.device, config.global_batch_size)
-        words = (f"{word} {np.round(value, 4).tolist()}" for word, value in report.items())
-        common.print0(f"On {name}: " + ", ".join(words))
+    report = measure(model, measured, ranks.device, config.global_batch_size)
+    words = (f"{word} {np.round(value, 4).tolist()}" for word, value in report.items())
+    common.print0(f"On {name} episodes: " + ", ".join(words))
     if kind == "tokenizer":
-        common.print0(beside_kmeans(model, {"training episodes": training} | measured))
+        common.print0(beside_kmeans(model, {"training episodes": training, f"{name} episodes": measured}))
     common.print0(f"{config.out} is ready. Next: python {next_command(config, kind)}")
 
 

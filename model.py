@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from common import load_tensors, load_trainable
+from common import autocast, load_tensors, load_trainable
 from data import normalise, prepare_images, statistics_hash, unnormalise
 
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
@@ -577,7 +577,7 @@ class VLA(nn.Module):
         """
         bb, device = self.backbone, self.queries.device
         half = bb.qwen.language_model.embed_tokens.weight.dtype == torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda"):
+        with autocast(device, half):
             states = bb(images, text, counts, self.queries, {*self.head_layers, self.latent_layer})
         pairs = [(bb.placeholder_states(states[k]), bb.image_states(states[k])) for k in self.head_layers]
         return self.head(pairs, proprio), bb.placeholder_states(states[self.latent_layer])

@@ -55,7 +55,7 @@ from data import (
     StepBatches,
     label_path,
     load_labels,
-    open_index,
+    open_indices,
     split_episodes,
     statistics,
     statistics_hash,
@@ -366,10 +366,7 @@ def write_log(log, pending):
 def setup(config, ranks):
     """Everything the loop needs: data, targets, model, optimizer, run folder."""
     check(config, ranks.world)
-    indices = [open_index(folder, config.cache) for folder in config.data]
-    names = [index.name for index in indices]
-    if len(set(names)) < len(names):
-        raise ValueError(f"data holds two data sets of one name, {names}; rename one, as statistics are kept by name")
+    indices = open_indices(config.data, config.cache)
     cameras = choose_cameras(config, indices[0])
     stats = [statistics(index) for index in indices]
     labels, tokenizer = load_targets(config, indices, stats)
