@@ -180,16 +180,10 @@ def request_ids(tokenizer, instruction, chunk):
 class Backbone(nn.Module):
     """Qwen3-VL without its language-model head, run with static shapes over transformers' own modules and weights."""
 
-    def __init__(self, spec, placeholders):
-        """placeholders: Q, the number of positions appended to the prompt."""
+    def __init__(self, spec, placeholders, base=None):
+        """placeholders: Q, the number of positions appended to the prompt; base: as for `VLA`."""
         super().__init__()
-        self.tokenizer = text_tokenizer(spec.backbone)
-        if spec.backbone == "tiny":
-            self.qwen = Qwen3VLModel._from_config(tiny_config(self.tokenizer), attn_implementation="sdpa")
-        else:
-            half = spec.tuning != "full" and torch.cuda.is_available()  # what is trained stays f32
-            dtype = torch.bfloat16 if half else torch.float32
-            self.qwen = Qwen3VLModel.from_pretrained(spec.backbone, dtype=dtype, attn_implementation="sdpa")
+        self.qwen, self.tokenizer = base or load_base(spec)
         tune(self.qwen, spec)
         self.text_length, self.chunk, self.cameras = spec.text_length, spec.chunk, spec.cameras
         self.queries_count = placeholders  # Q
@@ -318,6 +312,7 @@ class Backbone(nn.Module):
         qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B C, heads, grid^2, head_dim]
         q, k = (_rotate(t, self.vision_cos, self.vision_sin) for t in (q, k))
+        v = v.contiguous()  # else the backward pass would keep all of qkv for it
         x = x + attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + block.mlp(block.norm2(x))
 
@@ -396,6 +391,16 @@ class Backbone(nn.Module):
 def _rotate(x, cos, sin):
     first, second = x.float().chunk(2, -1)
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def load_base(spec):
+    """(Qwen3VLModel, tokenizer) of the tiny backbone, on random weights, or of a pretrained one."""
+    tokenizer = text_tokenizer(spec.backbone)
+    if spec.backbone == "tiny":
+        return Qwen3VLModel._from_config(tiny_config(tokenizer), attn_implementation="sdpa"), tokenizer
+    half = spec.tuning != "full" and torch.cuda.is_available()  # what is trained stays f32
+    dtype = torch.bfloat16 if half else torch.float32
+    return Qwen3VLModel.from_pretrained(spec.backbone, dtype=dtype, attn_implementation="sdpa"), tokenizer
 
 
 def tune(qwen, spec):
@@ -521,13 +526,14 @@ class ActionHead(nn.Module):
 class VLA(nn.Module):
     """Backbone, placeholders, head, and the latent loss of one variant."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, base=None):
+        """base: (Qwen3VLModel, tokenizer) to build on, instead of loading what `spec.backbone` names."""
         super().__init__()
         _check_spec(spec)
         self.spec, self.variant = spec, VARIANTS[spec.variant]
         self.latent_count = spec.chunk * spec.codes_per_step if self.variant.latents else 0
         action_count = spec.chunk * spec.placeholders_per_step if self.variant.actions else 0
-        self.backbone = Backbone(spec, self.latent_count + action_count)
+        self.backbone = Backbone(spec, self.latent_count + action_count, base)
         width, layers = self.backbone.width, self.backbone.layers
         self.queries = nn.Parameter(0.02 * torch.randn(self.latent_count + action_count, width))  # [Q, D]
         if not 0 <= spec.align_layer <= layers:

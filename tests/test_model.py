@@ -619,6 +619,24 @@ def test_what_cannot_work_is_refused(variant, changes, message):
 # A pretrained checkpoint
 
 
+def test_model_on_a_base_that_the_caller_made():
+    """Random weights of any config, under a name that nothing is read from: these weights, frozen, with LoRA."""
+    tokenizer = model.tiny_tokenizer()
+    config = model.tiny_config(tokenizer)
+    config.text_config.hidden_size = config.vision_config.out_hidden_size = 32
+    config.text_config.num_hidden_layers = 3
+    qwen = model.Qwen3VLModel._from_config(config, attn_implementation="sdpa")
+    before = {name: p.clone() for name, p in qwen.named_parameters()}
+    vla = VLA(replace(spec("la_direct"), backbone="made-here", lora_rank=2), base=(qwen, tokenizer))
+    assert vla.backbone.qwen is qwen and vla.backbone.tokenizer is tokenizer
+    assert (vla.backbone.width, vla.backbone.layers, len(vla.head.blocks)) == (32, 3, 2)
+    vla(batch_for(vla))["loss"].backward()
+    trained = {name for name, p in qwen.named_parameters() if p.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    frozen = {name.replace(".base_layer", ""): p for name, p in qwen.named_parameters() if not p.requires_grad}
+    assert frozen.keys() == before.keys() and all(torch.equal(p, before[name]) for name, p in frozen.items())
+
+
 def test_lora_is_trained_in_full_precision():
     """On a bf16 base the low-rank updates are f32: in bf16, small steps of the optimizer would round to nothing."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 4)).bfloat16()
