@@ -316,9 +316,9 @@ def random_vla(config, empty=False):
     return VLA(spec, base=(qwen, tokenizer)).to(config.device)
 
 
-def random_batch(vla, size, draws=True):
+def random_batch(vla, size, draws=True, seed=1):
     """A batch as `VLA.forward` takes it, on the model's device; without `draws` there is no augmentation."""
-    rng, s, camera = torch.Generator().manual_seed(1), vla.spec, (size, vla.spec.image_size, vla.spec.image_size, 3)
+    rng, s, camera = torch.Generator().manual_seed(seed), vla.spec, (size, vla.spec.image_size, vla.spec.image_size, 3)
     batch = {
         "images": [torch.randint(0, 256, camera, generator=rng, dtype=torch.uint8) for _ in range(s.cameras)],
         "text": (TEXTS * size)[:size],
@@ -471,6 +471,9 @@ def count_flops(vla, size):
         part = next(p for key, p in PARTS.items() if key in name or not key)
         if isinstance(module, torch.nn.Linear):
             handles.append(module.register_forward_hook(linear(part)))
+        if hasattr(module, "lora_B"):  # the second product of an update is no module's
+            product = lambda module, _, out: count("LoRA", 2 * out.numel() * module.r["default"], 1, 1)  # noqa: E731
+            handles.append(module.register_forward_hook(product))
         if name.endswith("attn.proj"):
             handles.append(module.register_forward_hook(attention("attention", bb.grid**2)))
         if name.endswith("self_attn.o_proj"):
@@ -692,23 +695,19 @@ class Numerics(Sized):
 
 
 def losses_of(config):
-    """The loss of each of `steps` training steps on one batch, in the precision that `config` says."""
+    """The loss of each of `steps` training steps, each on a batch of its own, in the precision that `config` says."""
     compute_in(config)
-    vla, forward = make_way(config, "ours")
-    optimizer, found = make_optimizer(vla), []
-
-    def noted():
-        losses = forward()
+    vla, found = random_vla(config), []
+    optimizer = make_optimizer(vla)
+    for step in range(config.steps):
+        losses = vla(random_batch(vla, config.batch, seed=step))
         found.append(losses["loss"].item())
-        return losses
-
-    for _ in range(config.steps):
-        train_step(noted, vla, optimizer)
+        train_step(lambda: losses, vla, optimizer)  # noqa: B023
     return found
 
 
 def bench_numerics(config):
-    """Prints the losses of both precisions from the same weights on the same batch, and by how much they differ."""
+    """Prints the losses of both precisions, from the same weights on the same batches, and by how much they differ."""
     rows = {precision: losses_of(replace(config, precision=precision)) for precision in ("fp32", "bf16")}
     apart = [abs(half / full - 1) for full, half in zip(rows["fp32"], rows["bf16"])]
     print(f"{'step':>4} {'fp32':>10} {'bf16':>10} {'apart':>8}")
@@ -739,8 +738,9 @@ class Memory(Sized):
     """where the table goes"""
 
 
-def kept_bytes(vla, size):
-    """Bytes kept for the backward pass of `size` samples: (plain, with checkpointing); nothing is computed."""
+def kept_bytes(backbone, run):
+    """Bytes kept for the backward pass of `run`, which goes through `backbone`: (plain, with checkpointing); nothing is
+    computed."""
     seen, kept, entered, place = {}, [0], [], 0
 
     def note(tensor):
@@ -759,10 +759,10 @@ def kept_bytes(vla, size):
         place = 0
         return out
 
-    vla.backbone._through = through
+    backbone._through = through
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), noting:
-        vla(random_batch(vla, size))
+        run()
     return np.array([sum(kept), kept[0] + sum(entered) + max(kept[1:])])
 
 
@@ -775,7 +775,8 @@ def bench_memory(config):
         sizes[parameter.requires_grad] += parameter.numel()
     half = config.precision == "bf16"
     fixed = sizes[False] * (2 if half else 4) + sizes[True] * (18 if half else 16)
-    sample = kept_bytes(vla, 3) - kept_bytes(vla, 2)  # what does not grow with the batch cancels
+    three, two = (kept_bytes(vla.backbone, lambda: vla(random_batch(vla, size))) for size in (3, 2))  # noqa: B023
+    sample = three - two  # what does not grow with the batch cancels
     print(f"{MEMORY}\n{config.variant} {config.size}: {sizes[False] / 1e6:.0f} M frozen and {sizes[True] / 1e6:.0f} M "
           f"trained weights, {fixed / 1e9:.1f} GB; {config.images} images of {config.image_size} px, "
           f"{vla.backbone.length} tokens, {config.precision}")  # fmt: skip

@@ -644,6 +644,21 @@ def test_lora_is_trained_in_full_precision():
     assert {(p.requires_grad, p.dtype) for p in base.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+def test_low_rank_update_is_pefts():
+    """Output and gradients of the fused product equal those of peft's own forward, with a bias and without."""
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layers = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=bias))
+        model.add_lora(layers, rank=2, alpha=3)
+        layer, x = layers[0], torch.randn(2, 4, 6, requires_grad=True)
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        trained = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        ours, pefts = layers(x), type(layer).forward(layer, x)
+        assert torch.allclose(ours, pefts, atol=1e-6) and not torch.allclose(ours, layer.base_layer(x), atol=1e-2)
+        pairs = zip(*(torch.autograd.grad(out.square().sum(), trained) for out in (ours, pefts)), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
+
+
 def test_base_in_half_precision():
     """Frozen weights in bf16 with updates in f32 give the f32 losses and gradients to 2 %, and merge without loss."""
     vla, half = build("la_align"), build("la_align")
