@@ -434,10 +434,11 @@ def add_lora(module, rank, alpha, targets=()):
 
 
 def _low_rank(layer, x):
-    """W x + s B A x as peft's layer computes it, but scaled and added inside the last product: two passes less."""
-    out, down = layer.base_layer(x), layer.lora_A["default"](x)
-    up, scale = layer.lora_B["default"].weight, layer.scaling["default"]
-    return torch.addmm(out.flatten(0, -2), down.flatten(0, -2), up.T, alpha=scale).view_as(out)
+    """W x + s B A x as peft's layer computes it, but scaled and added inside the last product: no pass of its own."""
+    rows = x.flatten(0, -2)
+    out, up = layer.base_layer(rows), layer.lora_B["default"].weight
+    out.addmm_(layer.lora_A["default"](rows), up.T.to(out.dtype), alpha=layer.scaling["default"])
+    return out.unflatten(0, x.shape[:-1])
 
 
 def _last_name(name):

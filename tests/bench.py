@@ -10,6 +10,7 @@
     python tests/bench.py memory --size 2b        # what fits on a GPU, by a formula, on any machine
     python tests/bench.py infer --size 2b         # a chunk of actions against transformers' own forward
     python tests/bench.py ddp --size 2b           # train.py's step on 1 to n processes
+    python tests/bench.py versions ../other       # the default training run of another checkout and of this one
 
 Sizes need no download: weights are random, tokens are the tiny backbone's. The plain way of train and infer is `Plain`,
 what their FLOP are is `FORMULA`. Prints a table and writes it as JSON (--out). Times on a shared machine mean little;
@@ -21,7 +22,9 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +54,7 @@ from model import (
     VARIANTS,
     VLA,
     Spec,
+    lora_layers,
     merge_lora,
     request_ids,
     tiny_config,
@@ -385,6 +389,8 @@ class Plain:
             self.whole.lm_head.weight = words
         else:
             self.whole.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(words), requires_grad=False)
+        for _, layer in lora_layers(qwen):
+            vars(layer).pop("forward", None)  # back to peft's own
         with torch.no_grad():
             words[-vla.backbone.queries_count :] = vla.queries
 
@@ -1066,6 +1072,51 @@ def print_stages(rows, names):
     return {"rows": {name: {"ms": rows[name], "samples_per_s": rate[name]} for name in names}, "ratios": ratios}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Two versions of the code
+
+
+@dataclass
+class Versions:
+    """CPU time of the same training run by another checkout and by this one, in turns."""
+
+    before: tyro.conf.Positional[Path]
+    """folder of the other checkout"""
+    pairs: int = 20
+    """runs of each"""
+    steps: int = 100
+    """training steps of a run"""
+    out: Path = Path("bench-versions.json")
+    """where the table goes"""
+
+
+def cpu_seconds(checkout, steps):
+    """User and system time of train.py in `checkout`, from the command to its end, data workers and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "train.py", "--max-steps", str(steps), "--out", f"{folder}/run"]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{checkout}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def bench_versions(config):
+    """Prints each pair, and the geometric mean of the ratios with its 95 % interval (bootstrap over pairs)."""
+    here, rows = Path(__file__).resolve().parents[1], []
+    for number in range(config.pairs):
+        order = (config.before, here) if number % 2 else (here, config.before)
+        found = {checkout: cpu_seconds(checkout, config.steps) for checkout in order}
+        rows.append((found[config.before], found[here]))
+        print(f"{number + 1:3} {found[config.before]:8.2f} s before, {found[here]:8.2f} s here", flush=True)
+    logs = np.log([after / before for before, after in rows])
+    means = np.random.default_rng(0).choice(logs, (10_000, len(logs))).mean(1)
+    low, ratio, high = (float(np.exp(x)) for x in (np.quantile(means, 0.025), logs.mean(), np.quantile(means, 0.975)))
+    print(f"CPU time x {ratio:.3f} ({low:.3f} to {high:.3f}) in {config.pairs} pairs")
+    return {"rows": rows, "ratio": ratio, "interval": [low, high]}
+
+
 MODES = {
     "eval": (Eval, bench_eval),
     "label": (Label, bench_label),
@@ -1075,6 +1126,7 @@ MODES = {
     "memory": (Memory, bench_memory),
     "infer": (Infer, bench_infer),
     "ddp": (Ddp, bench_ddp),
+    "versions": (Versions, bench_versions),
 }
 
 
