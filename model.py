@@ -33,6 +33,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from common import autocast, load_tensors, load_trainable
 from data import normalise, prepare_images, statistics_hash, unnormalise
 
+MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
 
 
@@ -199,6 +200,12 @@ class Backbone(nn.Module):
             )
         self.grid = spec.image_size // self.patch  # patches along one side
         self.slots = (self.grid // self.merge) ** 2  # image tokens of one camera
+        tokens = spec.text_length + spec.cameras * self.slots + placeholders
+        if tokens > MAX_TOKENS:
+            raise ValueError(
+                f"the prompt would take {tokens} tokens ({spec.cameras} images of {self.slots}, {spec.text_length} of "
+                f"text, {placeholders} placeholders), more than {MAX_TOKENS}; fewer or smaller images, a shorter text"
+            )
         self.known_ids = {}  # (instruction, device) -> ids [T] and their number, there already
         self._lay_out()
 
@@ -219,26 +226,25 @@ class Backbone(nn.Module):
         self.length = self.header_start + len(after) + self.queries_count  # L
         fixed = before + [0] * self.text_length + after
         self.register_buffer("fixed_ids", torch.tensor(fixed), persistent=False)  # [L - Q]
-        self.register_buffer("before_positions", self._positions_before(), persistent=False)  # [3, text_start]
         is_image = torch.zeros(self.length, dtype=torch.bool)
         is_image[: self.image_end][self.fixed_ids[: self.image_end] == self.qwen.config.image_token_id] = True
         self.register_buffer("is_image", is_image, persistent=False)  # [L]
-        positions, masks = self.positions_and_mask(torch.arange(self.text_length + 1))
-        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), positions)
-        tables = {"masks": masks, "cos": cos, "sin": sin}  # of each possible number of text tokens: [T + 1, ...]
-        tables |= zip(("vision_cos", "vision_sin"), self._vision_rope())
-        for name, table in tables.items():
+        self.register_buffer("positions", self._positions(), persistent=False)  # [3, L]
+        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), self.positions[:, None])
+        tables = {"cos": cos[0], "sin": sin[0]} | dict(zip(("vision_cos", "vision_sin"), self._vision_rope()))
+        for name, table in tables.items():  # [L, head_dim], [grid^2, head_dim]
             self.register_buffer(name, table, persistent=False)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _positions_before(self):
-        """M-RoPE positions (time, row, column) up to the text: an image is one step in time, a grid in the others."""
+    def _positions(self):
+        """M-RoPE positions (time, row, column) i64 [3, L] of a prompt without padding: an image is one step in time, a
+        grid in the others."""
         side = self.grid // self.merge
         rows, columns = np.divmod(np.arange(self.slots), side)
         positions, at = [], 0
-        for number in range(self.text_start):
+        for number in range(self.length):
             inside = number - self.first_image
             camera, slot = divmod(inside, self.slots + 2)
             if 0 <= inside < self.image_end - self.first_image and 1 <= slot <= self.slots:
@@ -247,7 +253,6 @@ class Backbone(nn.Module):
             else:
                 positions.append((at, at, at))
                 at += 1
-        self.text_position = at
         return torch.tensor(np.array(positions).T)
 
     def text_ids(self, instruction):
@@ -275,16 +280,14 @@ class Backbone(nn.Module):
         ids, counts = zip(*rows)
         return torch.stack(ids), torch.stack(counts)
 
-    def positions_and_mask(self, counts):
-        """M-RoPE positions i64 [3, B, L], skipping padding; attention mask bool [B, 1, L, L], causal and without it."""
+    def places_and_mask(self, counts):
+        """i64 [B, L]: the place of each token if there were no padding, which its position follows; attention mask bool
+        [B, 1, L, L], causal and without padding. counts: i64 [B] real text tokens."""
         places = torch.arange(self.length, device=counts.device)
-        rest = self.text_position + places - self.text_start  # as if nothing were padded
         skipped = (self.text_length - counts)[:, None] * (places >= self.header_start)  # [B, L]
-        positions = (rest - skipped).expand(3, -1, -1).clone()  # [3, B, L]
-        positions[:, :, : self.text_start] = self.before_positions[:, None]
         padding = (places >= self.text_start + counts[:, None]) & (places < self.header_start)  # [B, L]
         causal = places[:, None] >= places  # [L, L]
-        return positions, causal & ~padding[:, None, None, :]
+        return places - skipped, causal & ~padding[:, None, None, :]
 
     # -- pixels ------------------------------------------------------------------------------------------------------
 
@@ -358,7 +361,8 @@ class Backbone(nn.Module):
         queries = placeholders.to(image_tokens.dtype).expand(batch, -1, -1)
         x = torch.cat([language.embed_tokens(ids), queries], 1)  # [B, L, D]
         x = torch.where(self.is_image[:, None], self._at_images(image_tokens), x)
-        mask, rope = self.masks[counts], (self.cos[counts].to(x.dtype), self.sin[counts].to(x.dtype))
+        places, mask = self.places_and_mask(counts)
+        rope = self.cos[places].to(x.dtype), self.sin[places].to(x.dtype)  # [B, L, head_dim]
         states = {0: x} if 0 in keep else {}
         for number, layer in enumerate(language.layers):
             x = self._through(layer, x, attention_mask=mask, position_embeddings=rope)

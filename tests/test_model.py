@@ -110,7 +110,7 @@ def test_positions_by_hand():
     """One camera of 2 x 2 slots: an image is one step in time, the text follows its side, the padding is skipped."""
     bb = build("baseline", cameras=1).backbone
     _, counts = bb.tokenise(TEXTS[:1])
-    (positions,) = bb.positions_and_mask(counts)[0].unbind(1)[:1]  # [3, L]
+    positions = bb.positions[:, bb.places_and_mask(counts)[0][0]]  # [3, L]
     p, n = bb.first_image, int(counts[0])
     assert positions[:, : p + 1].tolist() == [list(range(p + 1))] * 3
     assert positions[:, p + 1 : p + 5].tolist() == [
@@ -164,7 +164,7 @@ def test_states_equal_transformers_own_forward(cameras, image_size):
     ids, counts = bb.tokenise(TEXTS[:2])
     inputs, theirs = transformers_inputs(bb, images, ids, counts, vla.queries), []
     real = inputs["attention_mask"].bool()
-    assert torch.equal(inputs["position_ids"][:, real], bb.positions_and_mask(counts)[0][:, real])
+    assert torch.equal(inputs["position_ids"][:, real], bb.positions[:, bb.places_and_mask(counts)[0]][:, real])
     for layer in bb.qwen.language_model.layers:
         layer.register_forward_pre_hook(
             lambda _, a, k: theirs.append(a[0] if a else k["hidden_states"]), with_kwargs=True
@@ -605,6 +605,7 @@ def test_more_placeholders_for_the_baseline():
     ("la_align", {"align_layer": 5}, "align_layer is 5, but tiny has layers 1 to 4"),
     ("baseline", {"image_size": 72}, "image_size is 72; it must be a multiple of 32"),
     ("baseline", {"image_size": 0}, "image_size is 0; it must be a multiple of 32"),
+    ("baseline", {"text_length": 9000}, "the prompt would take 9012 tokens"),
     ("baseline", {"tuning": "half"}, "tuning is 'half'; choose lora, full or frozen"),
     ("baseline", {"tuning": "lora"}, "tuning is 'lora', but the tiny backbone is always trained in full"),
     ("baseline", {"lora_targets": ("qkv",)}, "lora_targets is .'qkv',., but the tiny backbone is always"),
