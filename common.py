@@ -3,18 +3,27 @@
 Runs unchanged as `python script.py` (one process) and under `torchrun` (any number of processes and nodes).
 """
 
+import contextlib
+import ctypes
+import functools
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -31,11 +40,13 @@ class Ranks:
         return self.rank == 0
 
 
-def start_ranks():
+def start_ranks(timeout=600):
     """Joins the process group when torchrun started us; otherwise one process. Uses a GPU when there is one.
 
-    On a CPU one thread is used unless OMP_NUM_THREADS says otherwise.
+    On a CPU one thread is used unless OMP_NUM_THREADS says otherwise. timeout: seconds that a process waits for others.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who restarts a killed torchrun must not meet us
     rank, local, world = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -46,7 +57,11 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        wait, alone = timedelta(seconds=timeout), os.environ.get("GROUP_WORLD_SIZE") == "1"
+        store, *_ = next(dist.rendezvous("env://", timeout=wait))
+        if alone:  # or, after a restart, torchrun's store tells where the killed ranks listened
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
     return Ranks(rank, world, device)
 
 
@@ -72,6 +87,50 @@ def broadcast(tensor):
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
     return tensor
+
+
+class Sigterm:
+    """Notes that SIGTERM came, from a scheduler that wants its machine back."""
+
+    def __init__(self):
+        self.came = False
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame):
+        self.came = True
+
+
+def ignore_sigterm(worker):
+    """For data workers: a scheduler signals every process, and the last batches before the save need them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def data_workers(count, timeout):
+    """DataLoader's arguments about its `count` processes."""
+    return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": ignore_sigterm}
+
+
+def explained(train):
+    """Decorates train(config, ...): says what to do when a data worker or another process dies or hangs."""
+
+    @functools.wraps(train)
+    def run(config, *rest):
+        try:
+            return train(config, *rest)
+        except BaseException as error:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader raises at the deaths that follow
+            for worker in multiprocessing.active_children():
+                worker.kill()  # one that hangs, or ignores SIGTERM, would keep this process from ending
+            if "DataLoader" in str(error) or "Timed out waiting" in str(error):
+                raise RuntimeError(
+                    f"{error}\nA data worker (--num-workers is {config.num_workers}) or another process died, short of "
+                    f"memory perhaps, or hangs (--timeout is {config.timeout} s). Go on from the last save: --resume."
+                ) from error
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    return run
 
 
 def to_device(batch, device):
@@ -158,12 +217,32 @@ def plain(config):
     return json.loads(json.dumps(asdict(config), default=str))
 
 
+def fsync(path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name to write to. What was written becomes `path` once it is on the disk; after an error it goes."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(temporary.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path, text):
-    """Writes under a temporary name, then renames: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """A reader, also after a crash, sees the old file or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path, content):
@@ -171,23 +250,40 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def checksum(tensors, info):
+    """CRC-32 over metadata and the names, dtypes, shapes and bytes of contiguous tensors on the CPU, as hex digits."""
+    lines = [*sorted(info.items())]
+    for name, tensor in sorted(tensors.items()):
+        lines += [name, tensor.dtype, *tensor.shape, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())]
+    return f"{zlib.crc32(repr(lines).encode()):08x}"
+
+
 def save_tensors(path, tensors, **info):
-    """safetensors under a temporary name, then renamed. `info` becomes the file's metadata, as strings."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
-        temporary,
-        {k: str(v) for k, v in info.items()},
-    )
-    temporary.chmod(0o644)  # safetensors writes files that only their owner may read
-    temporary.replace(path)
+    """safetensors, written like `write_text`. `info` becomes the file's metadata, as strings, beside a checksum.
+
+    Raises OSError when it cannot be written; what was there before stays.
+    """
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    info = {k: str(v) for k, v in info.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, info | {"checksum": checksum(tensors, info)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
 def load_tensors(path):
-    """(tensors, metadata) of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    """(tensors, metadata) of a safetensors file. Raises ValueError when it is damaged, if it has a checksum."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, info = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    stored = info.pop("checksum", None)
+    if stored and stored != (found := checksum(tensors, info)):
+        raise ValueError(f"{path} is damaged: its checksum is {found}, but {stored} when it was written")
+    return tensors, info
 
 
 def trainable_tensors(module):
@@ -238,31 +334,71 @@ def load_optimizer(optimizer, tensors):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_training(run, module, optimizer, step):
-    """training.safetensors: all that continuing after `step` steps needs."""
-    tensors = trainable_tensors(module) | optimizer_tensors(optimizer)
-    save_tensors(Path(run) / "training.safetensors", tensors, step=step)
+def checkpoints(run):
+    """{step: file} of what `save_training` wrote, the newest first."""
+    found = {path.stem.removeprefix("training-"): path for path in Path(run).glob("training-*.safetensors")}
+    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)}
+
+
+def save_training(run, module, optimizer, step, weights, log, keep, last):
+    """training-<step>.safetensors: all that continuing after `step` steps needs, the `keep` newest of which stay; and
+    `weights` as model.safetensors.
+
+    A write that fails leaves what there was, and a warning; after the `last` step: raises OSError.
+    """
+    try:
+        log.sync()  # or a crash could leave a save that is ahead of its log
+        tensors = trainable_tensors(module) | optimizer_tensors(optimizer)
+        save_tensors(Path(run) / f"training-{step}.safetensors", tensors, step=step)
+        save_tensors(Path(run) / "model.safetensors", weights, step=step)
+        found = checkpoints(run)
+        for old in found.keys() - [s for s in found if s <= step][:keep]:  # later ones were found damaged
+            found[old].unlink()
+    except OSError as error:
+        good = next(iter(checkpoints(run).values()), "none")
+        message = f"step {step} could not be saved: {error}. The last good save: {good}. Make room on the disk"
+        if last:
+            raise OSError(f"{message}, then go on with --resume.") from error
+        print(f"WARNING: {message}; training goes on.", file=sys.stderr, flush=True)
+
+
+def newest(saves):
+    """(step, tensors) of the newest of `checkpoints` that is not damaged. Raises ValueError when all are."""
+    for step, path in saves.items():
+        try:
+            return step, load_tensors(path)[0]
+        except ValueError as error:
+            print(f"WARNING: {error}. Trying the save before it.", file=sys.stderr, flush=True)
+    raise ValueError(f"every save is damaged: {', '.join(map(str, saves.values()))}. Train again, with another --out.")
 
 
 def restore_training(run, module, optimizer):
-    """The number of steps done by the run that `save_training` wrote; puts its weights and optimizer back."""
-    path = Path(run) / "training.safetensors"
-    tensors, info = load_tensors(path)
+    """The number of steps done by the newest save of `run` that is whole, as the first process finds; puts its weights
+    and optimizer back. Raises ValueError when all are damaged."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    step, tensors = newest(checkpoints(run)) if main else (0, None)
+    step = broadcast(torch.tensor(step, device=next(module.parameters()).device)).item()
+    path = Path(run) / f"training-{step}.safetensors"
+    tensors = tensors if main else load_tensors(path)[0]
     moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
     load_trainable(module, tensors, path)
     load_optimizer(optimizer, moments)
-    return int(info["step"])
+    return step
 
 
 def prepare_run(run, resume, main, description, key, free):
     """Creates the folder of a run with its config.json, or checks that a run to be resumed had the same settings.
 
     description: what config.json is to hold: the settings under `key`, of which `free` may differ, and lists "data" and
-    "targets" of entries with a fingerprint. Returns whether there is something to resume. Raises ValueError naming
-    what differs.
+    "targets" of entries with a fingerprint. resume: also set when torchrun has restarted us. Returns whether there is
+    something to resume. Raises ValueError naming what differs.
     """
     run = Path(run)
-    if resume and (run / "training.safetensors").exists():
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if resume and main:
+        for unfinished in run.glob("*.tmp"):
+            unfinished.unlink()
+    if resume and checkpoints(run):
         before = json.loads((run / "config.json").read_text())
         changed = {
             k: (before[key].get(k), v)
@@ -297,14 +433,10 @@ class Log:
         self.file = self.wandb = None
         if not main:
             return
-        path = Path(folder) / "log.jsonl"
-        kept = (
-            [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-            if path.exists()
-            else []
-        )
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
+        self.waiting, self.file = b"", open(Path(folder) / "log.jsonl", "a+b", buffering=0)
+        self.file.seek(0)
+        kept = itertools.takewhile(lambda line: _is_before(line, first_step), self.file.read().splitlines(True))
+        self.file.truncate(sum(map(len, kept)))
         if wandb_project:
             import wandb  # slow to import, and most runs do without
 
@@ -312,15 +444,38 @@ class Log:
 
     def write(self, **entry):
         if self.file:
-            self.file.write(json.dumps(entry) + "\n")
+            self.waiting += (json.dumps(entry) + "\n").encode()
+            try:
+                self.flush()
+            except OSError as error:
+                print(f"WARNING: {self.file.name}: {error}; lines wait in memory", file=sys.stderr, flush=True)
         if self.wandb:
             self.wandb.log(entry, step=entry["step"])
 
+    def flush(self):
+        """Raises OSError when the disk is full; what could not be written waits."""
+        while self.waiting:
+            self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+    def sync(self):
+        """Waits until every line is on the disk. Raises as `flush`."""
+        self.flush()
+        os.fsync(self.file.fileno())
+
     def close(self):
         if self.file:
+            self.flush()
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def _is_before(line, step):
+    """Whether a line of a log is whole and of a step before `step`."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] < step
+    except ValueError:
+        return False
 
 
 class Meter:

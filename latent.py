@@ -720,10 +720,9 @@ BUILD = {
 }
 
 
-def save_model(folder, model):
-    """model.safetensors: all that is needed to encode and decode, frozen features included, the action head not."""
-    tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("action_head.")}
-    common.save_tensors(Path(folder) / "model.safetensors", tensors)
+def model_tensors(model):
+    """All that is needed to encode and decode, frozen features included, the action head not."""
+    return {name: t for name, t in model.state_dict().items() if not name.startswith("action_head.")}
 
 
 def load_model(kind, path):
@@ -908,6 +907,10 @@ class Training:
     """actions per chunk"""
     save_every: int = 1000
     """steps between saves"""
+    keep: int = 2
+    """saves that stay: should the newest be damaged, the one before it is taken"""
+    timeout: int = 600
+    """seconds to wait for a data worker or another process before the training ends with an error"""
     seed: int = 0
     """of initialisation, order, masks and split"""
     num_workers: int = 0
@@ -935,14 +938,14 @@ class Tokenizer(Training):
 
 
 # Of a resumed training: where things lie, and what does not alter results.
-FREE_TO_CHANGE = {"resume", "out", "data", "cache", "num_workers", "save_every", "wandb_project"}
+FREE_TO_CHANGE = {"resume", "out", "data", "cache", "num_workers", "save_every", "keep", "timeout", "wandb_project"}
 
 
 def check(config, world):
     """Raises ValueError for a setting that cannot work."""
     least = {"max_steps": 0 if getattr(config, "init_from", None) else 1, "heads": 1, "patience": 1, "save_every": 1}
-    names = "global_batch_size chunk delta num_codes code_dim codes_per_step num_blocks width image_size patch_size"
-    least |= {name: 1 for name in names.split()}
+    names = "global_batch_size chunk delta num_codes code_dim codes_per_step num_blocks width image_size patch_size "
+    least |= {name: 1 for name in (names + "keep timeout").split()}
     for name, value in least.items():
         if getattr(config, name, value) < value:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {value}")
@@ -1013,6 +1016,7 @@ def tokenizer_and_samples(config, indices, stats, ranks):
     return model, lambda parts: MaskedChunks(indices, stats, config.chunk, config.seed, parts)
 
 
+@common.explained
 def train(config, ranks):
     """Trains the model that `config` describes, saves it in config.out and measures it on held-out episodes."""
     check(config, ranks.world)
@@ -1033,7 +1037,8 @@ def train(config, ranks):
     if ranks.main:
         named = {index.name: rows for index, rows in zip(indices, stats, strict=True)}
         common.write_json(config.out / "dataset_statistics.json", named)
-    fit(model.to(ranks.device), training, config, ranks, resuming)
+    if not fit(model.to(ranks.device), training, config, ranks, resuming):
+        return common.print0(f"SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
     report = measure(model, measured, ranks.device, config.global_batch_size)
     words = (f"{word} {np.round(value, 4).tolist()}" for word, value in report.items())
     common.print0(f"On {name} episodes: " + ", ".join(words))
@@ -1057,16 +1062,32 @@ def next_command(config, kind):
     return flags
 
 
+def places(samples, positions):
+    """Which samples some positions of `Steps` are: data set, episode and step of each, for messages."""
+    lines = []
+    for epoch, row in (divmod(position, samples.epoch_length) for position in positions):
+        number, step = samples._order(epoch)[row]
+        index = samples.indices[number]
+        episode = int(np.searchsorted(index.starts, step, "right")) - 1
+        lines.append(f"{index.name}, episode {episode}, step {step - index.starts[episode]}")
+    return "; ".join(lines)
+
+
 def fit(model, samples, config, ranks, resuming=False):
-    """config.max_steps updates of `model`; one line of the log for each; saved now and then, and at the end."""
+    """config.max_steps updates of `model`; one line of the log for each; saved now and then, and at the end.
+
+    Returns whether it came to the end: SIGTERM stops it after a save.
+    """
     net = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
     optimizer = torch.optim.AdamW(common.parameter_groups(model.train(), WEIGHT_DECAY))
     first = common.restore_training(config.out, model, optimizer) if resuming else 0
     batch_size, steps = config.global_batch_size, config.max_steps
     log, meter = common.Log(config.out, ranks.main, first, config.wandb_project, common.plain(config)), common.Meter()
+    sigterm, save = common.Sigterm(), functools.partial(common.save_training, config.out, model, optimizer)
     rows = StepBatches(first, steps, batch_size, batch_size // ranks.world, ranks.rank, ranks.world)
     cuda = ranks.device.type == "cuda"
-    batches = DataLoader(samples, batch_sampler=rows, num_workers=config.num_workers, pin_memory=cuda)
+    workers = common.data_workers(config.num_workers, config.timeout)
+    batches = DataLoader(samples, batch_sampler=rows, pin_memory=cuda, **workers)
     bar = tqdm(enumerate(batches, first), initial=first, total=steps, disable=not ranks.main)
     for step, batch in bar:
         lr = common.learning_rate(step, steps, config.learning_rate, "cosine", warmup_ratio=0.05)
@@ -1077,19 +1098,25 @@ def fit(model, samples, config, ranks, resuming=False):
         result = net(common.to_device(batch, ranks.device))
         optimizer.zero_grad()
         result["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        result["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        result["stop"] = torch.tensor(float(sigterm.came), device=ranks.device)
         entry = summary([result], model.num_codes) | {"lr": lr, "samples_per_s": meter.tick(batch_size)}
+        stop = entry.pop("stop") > 0  # on any process
         log.write(step=step, **entry)
+        if not np.isfinite(entry["loss"] + entry["grad_norm"]):
+            of = places(samples, range(step * batch_size, (step + 1) * batch_size))
+            raise FloatingPointError(f"step {step}: loss {entry['loss']}, gradient {entry['grad_norm']}. Look at {of}")
         codes = f"codes {min(entry['usage'])}/{model.num_codes}"
         bar.set_postfix_str(f"loss {entry['loss']:.4f}, {codes}, {entry['samples_per_s']:.0f} samples/s", refresh=False)
-        if ranks.main and (step + 1) % config.save_every == 0 and step + 1 < steps:
-            common.save_training(config.out, model, optimizer, step + 1)
-            save_model(config.out, model)
-    log.close()
+        if ranks.main and (stop or (step + 1) % config.save_every == 0 and step + 1 < steps):
+            save(step + 1, model_tensors(model), log, config.keep, stop)
+        if stop:
+            return False
     if ranks.main:
-        common.save_training(config.out, model, optimizer, steps)
-        save_model(config.out, model)
+        save(steps, model_tensors(model), log, config.keep, True)
+    log.close()
+    return True
 
 
 @torch.no_grad()
@@ -1231,7 +1258,7 @@ def is_part(path, about):
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
-        return file.metadata() == about
+        return about.items() <= file.metadata().items()
 
 
 def label_groups(index, model, groups, folder, about, config, ranks):
@@ -1255,7 +1282,7 @@ def main():
     """Runs one of the three commands."""
     commands = {"lam": Lam, "label": Label, "tokenizer": Tokenizer}
     config = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    ranks = common.start_ranks()
+    ranks = common.start_ranks(getattr(config, "timeout", 600))
     (label if isinstance(config, Label) else train)(config, ranks)
     common.stop_ranks()
 

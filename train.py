@@ -8,12 +8,13 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
 A run is one folder: config.json, dataset_statistics.json, model.safetensors (trainable weights), log.jsonl (one object
-per step) and training.safetensors (what --resume needs). The global batch of a step is a pure function of (seed, step),
-so one process, n processes and any accumulation train alike, to rounding.
+per step) and training-<step>.safetensors (what --resume needs). The global batch of a step is a pure function of
+(seed, step), so one process, n processes and any accumulation train alike, to rounding.
 """
 
 import json
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -32,9 +33,12 @@ from tqdm import tqdm
 from common import (
     Log,
     Meter,
+    Sigterm,
     all_mean,
     all_sum,
     commit,
+    data_workers,
+    explained,
     learning_rate,
     parameter_groups,
     plain,
@@ -61,13 +65,14 @@ from data import (
     statistics_hash,
     steps_of,
 )
-from latent import load_tokenizer
+from latent import load_tokenizer, places
 from model import VARIANTS, VLA, Spec, base_hash, check_gpu, request_ids, text_tokenizer
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
 FREE_TO_CHANGE = {"resume", "out", "data", "labels", "tokenizer", "cache", "num_workers", "save_every", "val_every"}
 FREE_TO_CHANGE |= {"wandb_project", "per_device_batch_size", "gradient_checkpointing", "compile"}
-LOG_EVERY = 20  # steps between writes of the log: losses stay on the device until then
+FREE_TO_CHANGE |= {"keep", "max_skipped", "timeout"}
+LOG_EVERY = 10  # steps between writes of the log: losses, and SIGTERM, stay with each process until then
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Config:
     out: str = ""
     """folder of the run (default: runs/<variant>-<time>)"""
     resume: bool = False
-    """continue the run in --out from its last save; without one, start it (again)"""
+    """continue the run in --out from its last save; without one, start it (again). Also when torchrun restarts us"""
     cache: Path = CACHE
     """where indices and labels are kept"""
     labels: tuple[Path, ...] = ()
@@ -163,6 +168,12 @@ class Config:
     """steps between evaluations on held-out episodes"""
     save_every: int = 1000
     """steps between saves"""
+    keep: int = 2
+    """saves that stay: should the newest be damaged, the one before it is taken"""
+    max_skipped: int = 10
+    """steps in a row that may be skipped because a loss or a gradient is not finite; then the run stops"""
+    timeout: int = 600
+    """seconds to wait for a data worker or another process before the run ends with an error"""
     seed: int = 0
     """of weights, order and augmentation"""
     num_workers: int = 2
@@ -183,7 +194,8 @@ def check(config, world):
             f"per_device_batch_size is {config.per_device_batch_size}; "
             f"it must divide the {int(shares)} samples of each process"
         )
-    for name in ("max_steps", "save_every", "val_every", "chunk", "placeholders_per_step", "lr_decay_every"):
+    positive = "max_steps save_every val_every chunk placeholders_per_step lr_decay_every keep max_skipped timeout"
+    for name in positive.split():
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("data_weights", "labels"):
@@ -193,6 +205,8 @@ def check(config, world):
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
     if config.resume and not config.out:
         raise ValueError("resume is set but out is not: say which run to continue with --out")
+    if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
 
 
 def load_targets(config, indices, stats):
@@ -321,6 +335,25 @@ def add_action_codes(batch, tokenizer):
     return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}
 
 
+def ready(batch, tokenizer, image_aug, device):
+    """A batch of the data as the model takes it: on its device, with la_tok's targets, and draws only to augment."""
+    batch = to_device(batch, device)
+    if tokenizer:
+        batch = add_action_codes(batch, tokenizer)
+    if not image_aug:
+        del batch["draws"]
+    return batch
+
+
+@torch.no_grad()
+def offenders(config, dataset, vla, tokenizer, step):
+    """`places` of the samples of a step whose loss alone is not finite; of all when there is none."""
+    rows, device = range(step * config.global_batch_size, (step + 1) * config.global_batch_size), vla.queries.device
+    with torch.compiler.set_stance("force_eager"):
+        alone = lambda row: vla(ready(default_collate([dataset[row]]), tokenizer, config.image_aug, device))["loss"]  # noqa: E731
+        return places(dataset, [row for row in rows if not alone(row).isfinite()] or rows)
+
+
 @torch.no_grad()
 def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     """Mean absolute error of the normalised actions on an even choice of held-out steps, over all processes.
@@ -344,23 +377,20 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     return (total[0] / total[1]).item()
 
 
-def save(run, vla, optimizer, step):
-    """What --resume needs, then the weights for evaluation."""
-    save_training(run, vla, optimizer, step)
-    save_tensors(run / "model.safetensors", trainable_tensors(vla), step=step)
+def write_log(log, pending, stop):
+    """Averages the waiting steps' losses over all processes in one go and writes one line per step.
 
-
-def write_log(log, pending):
-    """Averages the waiting steps' losses over all processes in one go, writes one line per step, returns the last."""
+    Returns the lines, and whether any process says `stop`.
+    """
     names = list(pending[0]["totals"])
     values = torch.stack([torch.stack([entry["totals"][name].float() for name in names]) for entry in pending])
-    rows = all_mean(values).tolist()  # [steps, losses]
+    rows = all_mean(nn.functional.pad(values, (0, 1), value=float(stop))).tolist()  # [steps, losses + 1]
     entries = [entry | dict(zip(names, row)) for entry, row in zip(pending, rows)]
     for entry in entries:
         del entry["totals"]
         log.write(**entry)
     pending.clear()
-    return entries[-1]
+    return entries, rows[-1][-1] > 0
 
 
 def setup(config, ranks):
@@ -395,14 +425,17 @@ def setup(config, ranks):
     return dataset, held_out, vla, tokenizer.to(ranks.device) if tokenizer else None, run, resuming, description
 
 
+@explained
 def main(config):
     """Trains one run; returns its folder."""
-    ranks = start_ranks()
+    ranks = start_ranks(config.timeout)
     if ranks.device.type == "cuda":
         check_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     dataset, held_out, vla, tokenizer, run, resuming, description = setup(config, ranks)
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
     first = restore_training(run, vla, optimizer) if resuming else 0
+    if ranks.main and first:  # killed between the last save's two files?
+        save_tensors(run / "model.safetensors", trainable_tensors(vla), step=first)
     vla.backbone.checkpointing = config.gradient_checkpointing
     if config.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph, also under checkpointing; LoRA's gradients are small
@@ -415,7 +448,8 @@ def main(config):
         steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
     sampler = StepBatches(first, steps, config.global_batch_size, micro, ranks.rank, ranks.world)
     cuda = ranks.device.type == "cuda"
-    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, pin_memory=cuda))
+    workers = data_workers(config.num_workers, config.timeout)
+    batches = iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=cuda, **workers))
     ddp = DistributedDataParallel(vla, broadcast_buffers=False) if ranks.world > 1 else vla
     log = Log(run, ranks.main, first, config.wandb_project, description)
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
@@ -424,7 +458,7 @@ def main(config):
         f"{steps} steps of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
     )
 
-    meter, pending = Meter(), []
+    meter, pending, skipped, sigterm, stopping = Meter(), [], 0, Sigterm(), False
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
     for step in bar:
         lr = learning_rate(
@@ -435,18 +469,16 @@ def main(config):
 
         totals = {}
         for part in range(accumulation):
-            batch = to_device(next(batches), ranks.device)
-            if tokenizer:
-                batch = add_action_codes(batch, tokenizer)
-            if not config.image_aug:
-                del batch["draws"]
+            batch = ready(next(batches), tokenizer, config.image_aug, ranks.device)
             wait = nullcontext() if ranks.world == 1 or part == accumulation - 1 else ddp.no_sync()
             with wait:
                 losses = ddp(batch)
-                (losses["loss"] / accumulation).backward()
+                spread = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
+                (losses["loss"] * spread / accumulation).backward()
             totals = {name: totals.get(name, 0) + value.detach() / accumulation for name, value in losses.items()}
 
         totals["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
+        totals["skipped"] = optimizer.found_inf = (~totals["grad_norm"].isfinite()).float()  # then step() does nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -459,14 +491,31 @@ def main(config):
             pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
         if validating or saving or done % LOG_EVERY == 0:
-            shown = write_log(log, pending)
+            entries, stopping = write_log(log, pending, sigterm.came)
+            shown = entries[-1]
+            for entry in entries:
+                skipped = skipped + 1 if entry["skipped"] else 0
+                if skipped:
+                    print0(f"WARNING: step {entry['step']} skipped: its loss or gradient is not finite")
+                if skipped == config.max_skipped:
+                    found = offenders(config, dataset, vla, tokenizer, entry["step"])
+                    raise FloatingPointError(
+                        f"loss or gradient not finite in {skipped} steps in a row (--max-skipped). Look at step "
+                        f"{entry['step']}: {found}. If nothing is wrong there, lower --learning-rate."
+                    )
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
-        if ranks.main and saving:
-            save(run, vla, optimizer, done)
+        if ranks.main and (saving or stopping):
+            last = stopping or done == steps
+            save_training(run, vla, optimizer, done, trainable_tensors(vla), log, config.keep, last)
+        if stopping:
+            break
 
     log.close()
     stop_ranks()
-    print0(f"run: {run}\nnext: python eval.py {run}")
+    if stopping:
+        print0(f"SIGTERM: saved after {done} of {steps} steps. Go on: the same command with --out {run} --resume")
+    else:
+        print0(f"run: {run}\nnext: python eval.py {run}")
     return run
 
 

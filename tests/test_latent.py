@@ -4,8 +4,10 @@ import ast
 import copy
 import io
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -598,7 +600,7 @@ def test_codebooks_and_queries_do_not_decay():
 def write_model(folder, model, kind="lam"):
     """A folder as `latent.py` leaves it, as far as loading reads it."""
     folder.mkdir(exist_ok=True)
-    latent.save_model(folder, model)
+    common.save_tensors(folder / "model.safetensors", latent.model_tensors(model))
     common.write_json(folder / "config.json", {"kind": kind, "model": model.config})
     return folder
 
@@ -797,6 +799,39 @@ def test_resumed_training_ends_bit_identically(rlds, cache, tmp_path, monkeypatc
         latent.train(replace(untouched, out=tmp_path / "other", seed=1), ONE)
     with pytest.raises(ValueError, match="trained with other settings: learning_rate 0.001 .now 0.1."):
         latent.train(replace(part, learning_rate=0.1), ONE)
+
+
+@pytest.mark.parametrize("settings", (latent.Lam, latent.Tokenizer))
+def test_sigterm_saves_and_the_rest_is_the_same(settings, rlds, cache, tmp_path, monkeypatch, capsys):
+    """Stopped by a scheduler after two steps, its newest save then damaged: the weights and log of a whole training."""
+    small = SMALL | {"delta": 5} if settings is latent.Lam else dict(global_batch_size=8, num_codes=16, code_dim=16)
+    whole = settings(data=[rlds], out=tmp_path / "whole", cache=cache, **small | {"max_steps": 5, "save_every": 1})
+    latent.train(whole, ONE)
+    part, tick = replace(whole, out=tmp_path / "part", resume=True), common.Meter.tick
+    with monkeypatch.context() as patched:
+        ask = lambda meter: len(meter.times) == 2 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        patched.setattr(common.Meter, "tick", lambda meter, *given: (ask(meter), tick(meter, *given))[1])
+        latent.train(part, ONE)
+    assert "SIGTERM: saved. Go on: the same command with --resume" in capsys.readouterr().out
+    newest, before = common.checkpoints(part.out).values()
+    newest.write_bytes(newest.read_bytes()[:-1])
+    latent.train(part, ONE)
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    ours, theirs = (common.load_tensors(folder / "model.safetensors")[0] for folder in (whole.out, part.out))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    logs = [[json.loads(line) for line in open(config.out / "log.jsonl")] for config in (whole, part)]
+    for a, b in zip(*logs, strict=True):
+        assert a | {"samples_per_s": 0} == b | {"samples_per_s": 0} and a["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("settings", (latent.Lam, latent.Tokenizer))
+def test_loss_that_is_not_finite_ends_the_training(settings, rlds, cache, tmp_path):
+    """Without a save, naming the step and its samples."""
+    small = SMALL | {"delta": 5} if settings is latent.Lam else dict(global_batch_size=8, num_codes=16, code_dim=16)
+    small |= {"max_steps": 30, "learning_rate": 1e36}
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*made, episode \d+, step \d+; made"):
+        latent.train(settings(data=[rlds], out=tmp_path / "out", cache=cache, **small), ONE)
+    assert not common.checkpoints(tmp_path / "out")
 
 
 @pytest.mark.parametrize("settings", (latent.Lam, latent.Tokenizer))

@@ -1,12 +1,17 @@
 """train.py: a real run and its files; accumulation, processes and resuming change nothing; bad input harms nothing."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +22,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 import common
 import data
@@ -59,7 +64,8 @@ def test_run_writes_what_it_promises(run, index):
         "config.json",
         "dataset_statistics.json",
         "model.safetensors",
-        "training.safetensors",
+        "training-35.safetensors",
+        "training-40.safetensors",
         "log.jsonl",
     }
     log = log_of(run.folder)
@@ -261,11 +267,10 @@ def test_killed_run_resumes_bit_identically(run, script, tmp_path):
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     ) as process:
-        while not (out / "training.safetensors").exists() and process.poll() is None:
+        while not common.checkpoints(out) and process.poll() is None:
             time.sleep(0.005)
         process.kill()
-    _, info = common.load_tensors(out / "training.safetensors")
-    assert process.returncode == -9 and int(info["step"]) < 40
+    assert process.returncode == -9 and max(common.checkpoints(out)) < 40
     done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0)
     assert done.code == 0, done.text
     assert column(log_of(out), "step") == list(range(40))
@@ -295,10 +300,241 @@ def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
     """A run that was killed before it saved anything is trained from the start."""
     train.main(train_config(tmp_path / "run", variant="baseline"))
     expected = column(log_of(tmp_path / "run"), "loss")
-    for name in ("model.safetensors", "training.safetensors"):
+    for name in ("model.safetensors", "training-2.safetensors"):
         (tmp_path / "run" / name).unlink()
     train.main(train_config(tmp_path / "run", variant="baseline", resume=True))
     assert column(log_of(tmp_path / "run"), "loss") == expected and (tmp_path / "run" / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes wrong on the way
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+def assert_bit_equal(log, expected):
+    """Every loss, norm and learning rate of every step."""
+    assert column(log, "step") == column(expected, "step")
+    for name in (*LOSSES, "lr"):
+        assert column(log, name) == column(expected, name), name
+
+
+def damage(path):
+    """Flips a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two(run, script, tmp_path_factory):
+    """Folder of `run` on two processes without data workers."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    done = script(*TORCHRUN, *run.flags, "--num-workers", 0, "--out", out)
+    assert done.code == 0, done.text
+    return out
+
+
+def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
+    """Without --resume, and with workers: every loss of the uninterrupted run. Then the newest save is damaged: both
+    processes take the one before."""
+    out = tmp_path / "run"
+    words = [sys.executable, *map(str, TORCHRUN), "--max-restarts=1", *map(str, run.flags), "--out", str(out)]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
+        while not common.checkpoints(out) and launcher.poll() is None:
+            time.sleep(0.005)
+        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[0]), signal.SIGKILL)
+        text = launcher.stderr.read()
+    assert launcher.returncode == 0 and "exitcode: -9" in text and "forcefully exiting" not in text, text
+    assert_bit_equal(log_of(out), log_of(two))
+    damage(out / "training-40.safetensors")
+    done = script(*TORCHRUN, *words[6:], "--resume", "--num-workers", 0)
+    assert done.code == 0 and "training-40.safetensors is damaged" in done.text, done.text
+    assert_bit_equal(log_of(out), log_of(two))
+
+
+def test_killed_launcher_takes_its_ranks_along(run, tmp_path):
+    """A rank that torchrun leaves behind would write into the run that is started again."""
+    words = [sys.executable, *map(str, TORCHRUN), *map(str, run.flags), "--out", str(tmp_path / "run")]
+    words[words.index("40")] = "4000"
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as launcher:
+        while not common.checkpoints(tmp_path / "run") and launcher.poll() is None:
+            time.sleep(0.01)
+        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        launcher.kill()
+    assert len(ranks) == 2
+    for rank in ranks:
+        wait_for(lambda: not alive(rank))  # noqa: B023
+
+
+def alive(pid):
+    """Whether a process runs."""
+    stat = f"/proc/{pid}/stat"
+    return os.path.exists(stat) and open(stat).read().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(condition, seconds=60):
+    """Returns when it holds; fails when it does not within some time."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+def test_resumed_on_another_number_of_processes(run, two, train_config, tmp_path):
+    """The last five steps of two processes by one: equal to rounding."""
+    out = shutil.copytree(two, tmp_path / "run")
+    (out / "training-40.safetensors").unlink()
+    train.main(train_config(out, variant="la_align", max_steps=40, resume=True))
+    assert_same_losses(log_of(out), log_of(two))
+
+
+def test_damaged_newest_save(run, train_config, tmp_path, capsys):
+    """The run goes on from the one before and ends alike; a missing model.safetensors is made again."""
+    out = shutil.copytree(run.folder, tmp_path / "run")
+    damage(out / "training-40.safetensors")
+    (out / "training-45.safetensors.tmp").write_text("left by a kill")
+    again = train_config(out, variant="la_align", max_steps=40, save_every=5, resume=True)
+    train.main(again)
+    assert "training-40.safetensors is damaged" in capsys.readouterr().err
+    assert_bit_equal(log_of(out), log_of(run.folder))
+    assert contents(out).keys() == contents(run.folder).keys()
+    (out / "model.safetensors").unlink()
+    train.main(again)
+    for name in ("model.safetensors", "training-40.safetensors"):
+        ours, theirs = (common.load_tensors(folder / name)[0] for folder in (out, run.folder))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+@contextlib.contextmanager
+def two_ranks(run, out, *more):
+    """The two processes of a long run, each in a process group with its data workers, once steps are logged."""
+    words = [sys.executable, *map(str, (*run.flags, "--out", out, "--max-steps", 100_000, *more))]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    ranks = [subprocess.Popen(words, env=env | {"RANK": str(rank)}, **how) for rank in range(2)]
+    try:
+        wait_for(lambda: ranks[0].poll() is not None or ((out / "log.jsonl").exists() and log_of(out)))
+        yield ranks
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.communicate()
+
+
+def test_sigterm_saves_and_ends(run, tmp_path):
+    """Sent to one process and its data workers, it ends both with status 0 after the same step, which is saved."""
+    out = tmp_path / "run"
+    with two_ranks(run, out, "--num-workers", 1, "--save-every", 100_000) as ranks:
+        workers = subprocess.run(["pgrep", "-P", str(ranks[1].pid)], capture_output=True, text=True).stdout.split()
+        os.killpg(ranks[1].pid, signal.SIGTERM)
+        text = ranks[0].communicate(timeout=60)[0]
+        assert [ranks[0].returncode, ranks[1].wait(60)] == [0, 0], text
+        assert workers and not any(map(alive, workers))
+    (step,) = common.checkpoints(out)
+    assert f"SIGTERM: saved after {step} of 100000 steps. Go on: the same command with --out {out} --resume" in text
+    assert column(log_of(out), "step") == list(range(step)) and (out / "model.safetensors").exists()
+
+
+def test_a_rank_that_hangs_ends_the_job(run, tmp_path):
+    """The other one gives up after --timeout and says so."""
+    with two_ranks(run, tmp_path / "run", "--num-workers", 0, "--timeout", 3) as ranks:
+        ranks[1].send_signal(signal.SIGSTOP)
+        text = ranks[0].communicate(timeout=60)[0]
+    assert ranks[0].returncode == 1
+    assert "another process died, short of memory perhaps, or hangs (--timeout is 3 s)" in text
+
+
+@pytest.mark.parametrize("fault, message", (
+    (lambda: os.kill(os.getpid(), 9), r"DataLoader worker \(pid\S* \d+\)(?s:.)*--num-workers is 1\S* .*memory"),
+    (lambda: time.sleep(300), r"DataLoader timed out after 2 seconds(?s:.)*--timeout is 2 s"),
+), ids=("dies", "hangs"))  # fmt: skip
+def test_a_data_worker_that(fault, message, train_config, tmp_path, monkeypatch):
+    """Ends the run with an error that names it and what to do, and no process stays."""
+    sample = data.Chunks.sample
+    monkeypatch.setattr(data.Chunks, "sample", lambda *given: (get_worker_info() and fault(), sample(*given))[1])
+    with pytest.raises(RuntimeError, match=message):
+        train.main(train_config(tmp_path / "run", variant="baseline", num_workers=1, timeout=2))
+    wait_for(lambda: not multiprocessing.active_children())
+
+
+def poisoned(index, name, value, where, monkeypatch, times=10**9):
+    """Lets some entry of the sample at step `where` of a data set be `value`, the first `times` times."""
+    sample, left = data.Chunks.sample, [times]
+
+    def spoiled(self, number, step):
+        item = sample(self, number, step)
+        if step == where and left[0] > 0:
+            left[0] -= 1
+            item[name] = torch.full_like(item[name], value)
+        return item
+
+    monkeypatch.setattr(data.Chunks, "sample", spoiled)
+
+
+@pytest.fixture
+def fifth(index, train_config, tmp_path):
+    """The step, in the data set, of sample 5 of the stream: it is in the second batch of four."""
+    dataset, *_ = train.setup(train_config(tmp_path / "other", variant="baseline"), ONE)
+    return int(dataset._order(0)[5][1])
+
+
+@pytest.mark.parametrize("value", (math.inf, math.nan))
+def test_a_loss_that_is_not_finite_changes_nothing(value, index, fifth, train_config, tmp_path, monkeypatch):
+    """Weights, moments and step counts stay bit-identical over that step; it is counted, and the next one learns.
+
+    An infinite target has an infinite L1 loss, but finite gradients.
+    """
+    poisoned(index, "actions", value, fifth, monkeypatch)
+    flags = dict(variant="baseline", max_steps=3, save_every=1, keep=3)
+    train.main(train_config(tmp_path / "run", **flags))
+    log = log_of(tmp_path / "run")
+    assert column(log, "skipped") == [0, 1, 0] and not math.isfinite(log[1]["loss"] + log[1]["grad_norm"])
+    saves = [common.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
+    assert all(torch.equal(saves[0][name], saves[1][name]) for name in saves[0])
+    assert not any(torch.equal(saves[1][name], saves[2][name]) for name in saves[0] if name.endswith(".step"))
+    assert all(tensor.isfinite().all() for tensor in saves[2].values()) and math.isfinite(log[2]["loss"])
+
+
+@pytest.mark.parametrize("times, listed", ((10**9, 1), (1, 4)))
+def test_too_many_steps_that_are_not_finite(times, listed, index, fifth, train_config, tmp_path, monkeypatch):
+    """The run stops and says which samples of the last step are to blame: all when each alone is sound."""
+    poisoned(index, "actions", math.nan, fifth, monkeypatch, times)
+    flags = dict(variant="baseline", max_steps=3, max_skipped=1)
+    with pytest.raises(FloatingPointError, match=r"1 steps in a row \(--max-skipped\)") as caught:
+        train.main(train_config(tmp_path / "run", **flags))
+    episode = int(np.searchsorted(index.starts, fifth, "right")) - 1
+    found = re.findall(r"made, episode (\d+), step (\d+)", str(caught.value))
+    assert len(found) == listed and (str(episode), str(fifth - index.starts[episode])) in found
+    assert not common.checkpoints(tmp_path / "run")
+
+
+def test_a_step_is_skipped_on_all_processes(run, rlds, cache, index, labels, fifth, script, train_config, tmp_path):
+    """What is not finite on one of two, a label, is skipped on both: as on one process, to rounding."""
+    tensors, info = common.load_tensors(labels)
+    tensors["vectors"][fifth] = math.nan
+    common.save_tensors(tmp_path / "labels", tensors, **info)
+    flags = dict(variant="la_align", max_steps=4, labels=(tmp_path / "labels",), val_fraction=0.25)
+    train.main(train_config(tmp_path / "one", **flags))
+    words = [*TORCHRUN, *run.flags, "--max-steps", 4, "--labels", tmp_path / "labels", "--out", tmp_path / "two"]
+    done = script(*words, "--num-workers", 0)
+    assert done.code == 0, done.text
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert column(one, "skipped") == column(two, "skipped") and column(two, "skipped")[1] == 1
+    sound = [step for step in range(4) if not one[step]["skipped"]]
+    assert_same_losses([two[step] for step in sound], [one[step] for step in sound])
+
+
+def test_torchrun_that_restarts_needs_a_folder(train_config, monkeypatch):
+    """Or every restart would begin a run of its own."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="torchrun may restart this run .--max-restarts., but out is not set"):
+        train.main(train_config("", variant="baseline"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
