@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass
@@ -87,6 +88,15 @@ def broadcast(tensor):
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def distribute(module, ranks):
+    """`module` as it is trained on all processes. Its buffers are the same on all and are not sent around."""
+    if ranks.world == 1:
+        return module
+    names = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    return DistributedDataParallel(module)
 
 
 class Sigterm:

@@ -7,6 +7,7 @@ random access, no copy of the data, no TensorFlow.
 Left out: other image encodings, nested sequences, splits but `train`.
 
     python data.py data/libero_tiny          # what is in a data set: counts, shapes, statistics, a contact sheet
+    python data.py data/libero_tiny --check  # all that is wrong with it, in one go; exit status 1 if anything
 
 Axes: S steps of a data set, E episodes, H chunk steps, A action size, B batch, C cameras, P codes per step.
 """
@@ -15,11 +16,12 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import struct
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, JpegImagePlugin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 try:
     import simplejpeg  # optional: the same pixels, decoded faster
@@ -45,11 +47,18 @@ RLDS_CODES = 16  # codebook size behind `latent_idx` in the RLDS release of the 
 # TFRecord framing and the protobuf wire format of tf.train.Example
 
 
-def read_records(path):
+def stop(fault, trains=False):
+    """What opening does about a fault, an exception: raises it, unless one can train with it."""
+    if not trains:
+        raise fault
+
+
+def read_records(path, tell=stop):
     """Yields (offset of the payload, payload, checksum word) of each TFRecord in `path`.
 
     Framing: u64 length, u32 masked CRC-32C of it, payload, u32 masked CRC-32C of the payload, all little-endian.
-    Raises ValueError naming the file and the offset when a record is cut short or a checksum does not match.
+    Tells of a ValueError naming the file and the offset when a record is cut short or a checksum does not match. Should
+    that not raise, reading goes on behind a wrong payload, and ends where the length of a record is unknown.
     """
     at, size = 0, path.stat().st_size
     with open(path, "rb") as file:
@@ -57,19 +66,14 @@ def read_records(path):
             header = file.read(12)
             length, length_crc = struct.unpack("<QI", header) if len(header) == 12 else (0, None)
             if length_crc is not None and masked_crc(header[:8]) != length_crc:
-                raise ValueError(
-                    f"{path}: wrong checksum of the record length at byte {at}: the file is corrupt. {COPY_AGAIN}"
-                )
+                return tell(ValueError(f"{path}: wrong checksum of the record length at byte {at}. {COPY_AGAIN}"))
             if at + 16 + length > size:
-                raise ValueError(
-                    f"{path}: the record at byte {at} is cut short: the file ends at byte {size}. {COPY_AGAIN}"
-                )
+                return tell(ValueError(f"{path}: the record at byte {at} is cut short at byte {size}. {COPY_AGAIN}"))
             payload, (word,) = file.read(length), struct.unpack("<I", file.read(4))
-            if masked_crc(payload) != word:
-                raise ValueError(
-                    f"{path}: wrong checksum of the record at byte {at}: the file is corrupt. {COPY_AGAIN}"
-                )
-            yield at + 12, payload, word
+            if masked_crc(payload) == word:
+                yield at + 12, payload, word
+            else:
+                tell(ValueError(f"{path}: wrong checksum of the record at byte {at}. {COPY_AGAIN}"))
             at += 16 + length
 
 
@@ -81,23 +85,23 @@ def masked_crc(buffer):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _varint(buf, at):
-    value, shift = 0, 0
-    while True:
-        byte = buf[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
+def _varint(buf, at, end):
+    """(number, where it ends) of the varint at `at`; ValueError unless it has at most 64 bits and ends by `end`."""
+    value = 0
+    for shift, byte in enumerate(buf[at : min(at + 10, end)]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80 and value < 1 << 64:
+            return value, at + shift + 1
+    raise ValueError(f"protobuf number at byte {at} has more than 64 bits or reaches past its message")
 
 
 def _fields(buf, at, end):
     """Yields (field number, start, end) of each length-delimited field of a protobuf message in buf[at:end]."""
     while at < end:
-        tag, at = _varint(buf, at)
+        tag, at = _varint(buf, at, end)
         if tag & 7 != 2:
             raise ValueError(f"protobuf wire type {tag & 7} at byte {at}, where a tf.train.Example has only type 2")
-        length, at = _varint(buf, at)
+        length, at = _varint(buf, at, end)
         if at + length > end:
             raise ValueError(f"protobuf field at byte {at} reaches {at + length - end} bytes past its message")
         yield tag >> 3, at, at + length
@@ -113,9 +117,11 @@ def parse_example(buf):
     values = {}
     for _, features, features_end in _fields(buf, 0, len(buf)):
         for _, entry, entry_end in _fields(buf, features, features_end):
-            (_, key, key_end), (_, feature, feature_end) = _fields(buf, entry, entry_end)
-            for kind, start, end in _fields(buf, feature, feature_end):
-                values[buf[key:key_end].decode()] = _feature_list(buf, kind, start, end)
+            parts = {number: span for number, *span in _fields(buf, entry, entry_end)}
+            if parts.keys() != {1, 2}:
+                raise ValueError(f"protobuf entry at byte {entry} is not a feature's name and its values")
+            for kind, start, end in _fields(buf, *parts[2]):
+                values[buf[slice(*parts[1])].decode()] = _feature_list(buf, kind, start, end)
     return values
 
 
@@ -124,12 +130,14 @@ def _feature_list(buf, kind, start, end):
         return [(a, b - a) for _, a, b in _fields(buf, start, end)]
     if start == end:
         return np.zeros(0, np.float32 if kind == 2 else np.int64)
-    ((_, start, end),) = _fields(buf, start, end)  # packed numbers
+    _, start, last = next(_fields(buf, start, end))
+    if last != end or kind not in (2, 3):
+        raise ValueError(f"protobuf field at byte {start} is no packed list of floats or integers")
     if kind == 2:
         return np.frombuffer(buf[start:end], "<f4")
     numbers = []
     while start < end:
-        number, start = _varint(buf, start)
+        number, start = _varint(buf, start, end)
         numbers.append(number - (1 << 64) if number >> 63 else number)
     return np.array(numbers, np.int64)
 
@@ -181,10 +189,10 @@ def read_features(directory):
     return found
 
 
-def shard_paths(directory):
-    """The train split's shards in order, named by tensorflow-datasets' own metadata.
+def shard_paths(directory, tell=stop):
+    """{path: number of records} of the train split's shards in order, by tensorflow-datasets' own metadata.
 
-    Raises if there is none or one is missing.
+    Raises if there is none; tells of missing ones.
     """
     info = json.loads((directory / "dataset_info.json").read_text())
     split = next((s for s in info["splits"] if s["name"] == "train"), None)
@@ -196,10 +204,9 @@ def shard_paths(directory):
     paths = [directory / template.format(SHARD_X_OF_Y=f"{i:05d}-of-{n:05d}", **words) for i in range(n)]
     missing = [str(p) for p in paths if not p.exists()]
     if missing or not paths:
-        raise FileNotFoundError(
-            f"{directory}: {len(missing)} of {n} shards are missing: {missing[:3]}. Copy the data set again."
-        )
-    return paths
+        fault = f"{directory}: {len(missing)} of {n} shards are missing: {missing[:3]}. Copy the data set again."
+        tell(FileNotFoundError(fault))
+    return {path: int(length) for path, length in zip(paths, split["shardLengths"]) if path.exists()}
 
 
 @dataclass
@@ -208,7 +215,8 @@ class Index:
 
     images: {camera: i64 [S, 3] of (shard, byte offset, length)}; columns: {name: [S, ...]}, memory-mapped;
     starts: i64 [E + 1], episode e has the steps starts[e]..starts[e + 1]; instructions: [E] texts;
-    metadata: {name: [E]}; fingerprint: hash of features and record checksums, the same wherever the data lies.
+    metadata: {name: [E]}; fingerprint: hash of features and record checksums, the same wherever the data lies;
+    sizes: {camera: (height, width)} where features.json says so.
     """
 
     name: str
@@ -221,19 +229,36 @@ class Index:
     columns: dict
     instructions: list
     metadata: dict
+    sizes: dict = field(default_factory=dict)
 
     def __len__(self):
         return int(self.starts[-1])
 
+    def where(self, step):
+        """(file, "step n of episode m") of a step, for messages."""
+        episode = int(np.searchsorted(self.starts, step, "right")) - 1
+        file = self.shards[next(iter(self.images.values()))[step][0]] if self.images else self.directory
+        return file, f"step {step - self.starts[episode]} of episode {episode}"
+
     def jpeg(self, camera, step):
-        """The stored bytes of one image."""
+        """The stored bytes of one image; ValueError when the file has become too short."""
         shard, offset, length = (int(n) for n in self.images[camera][step])
         with open(self.shards[shard], "rb") as file:
-            return os.pread(file.fileno(), length, offset)
+            found = os.pread(file.fileno(), length, offset)
+        if len(found) < length:
+            raise ValueError(f"the file ends before byte {offset + length}; it was cut after it was indexed")
+        return found
 
     def image(self, camera, step):
-        """u8 [height, width, 3]"""
-        return decode_jpeg(self.jpeg(camera, step))
+        """u8 [height, width, 3]. Raises ValueError with shard, episode, step and camera where there is no such JPEG."""
+        try:
+            pixels = decode_jpeg(self.jpeg(camera, step))
+            if pixels.shape[:2] != self.sizes.get(camera, pixels.shape[:2]):
+                raise ValueError(f"it is {pixels.shape[:2]}, but features.json has {self.sizes[camera]}")
+        except Exception as error:  # whatever a decoder raises
+            file, place = self.where(step)
+            raise ValueError(f"{file}: camera {camera} at {place} cannot be used: {error}. {COPY_AGAIN}") from error
+        return pixels
 
     def jpeg_options(self, camera):
         """How the images were stored: {"size", "qtables", "subsampling"}, so evaluation can store its own alike."""
@@ -246,32 +271,34 @@ def decode_jpeg(stored):
     """u8 [height, width, 3] of JPEG bytes, by simplejpeg where it is installed."""
     if simplejpeg:
         return simplejpeg.decode_jpeg(stored, "RGB", fastdct=False, fastupsample=False)
-    return np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(stored), formats=["JPEG"]).convert("RGB"))
 
 
-def open_index(path, cache=CACHE):
+def open_index(path, cache=CACHE, tell=None):
     """The `Index` of the RLDS data set at `path`, from `cache` if it was indexed before and no shard has changed since.
 
     Raises FileNotFoundError (no data), ValueError (corrupt, truncated or inconsistent data: file and byte offset).
+    tell: called with each fault instead of raising it; then every shard is read and nothing is written.
     """
     directory = version_dir(path)
-    shards = shard_paths(directory)
+    shards = shard_paths(directory, tell or stop)
     versioned = re.fullmatch(r"\d+\.\d+\.\d+", directory.name)
     name = (directory.parent if versioned else directory).resolve().name  # the metadata's own can be odd: liber_o10
-    features = (directory / "features.json").read_bytes()
+    stored, features = (directory / "features.json").read_bytes(), read_features(directory)
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
-    key = hashlib.sha256(features + json.dumps([INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(stored + json.dumps([INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
     folder = Path(cache).expanduser() / f"{name}-{key}"
+    shapes = {n.rsplit("/", 1)[-1]: shape for n, (kind, _, shape) in features.items() if kind == "image"}
+    sizes = {camera: shape[:2] for camera, shape in shapes.items() if min(shape, default=0) > 0}
+    make = functools.partial(Index, name, directory, folder, shards=list(shards), sizes=sizes)
+    if tell:
+        return make(**_scan(shards, features, stored, tell))
     if not (folder / "index.json").exists():
-        _write_index(folder, *_scan(shards, read_features(directory), features))
+        _write_index(folder, **_scan(shards, features, stored, stop))
     info = json.loads((folder / "index.json").read_text())
-    arrays = {
-        kind: {n: np.load(folder / f"{kind}.{n}.npy", mmap_mode="r") for n in info[kind]}
-        for kind in ("images", "columns")
-    }
-    starts = np.load(folder / "starts.npy")
-    info = {name: info[name] for name in ("fingerprint", "instructions", "metadata")}
-    return Index(name, directory, folder, shards=shards, starts=starts, **arrays, **info)
+    for kind in ("images", "columns"):
+        info[kind] = {name: np.load(folder / f"{kind}.{name}.npy", mmap_mode="r") for name in info[kind]}
+    return make(starts=np.load(folder / "starts.npy"), **info)
 
 
 def open_indices(paths, cache=CACHE):
@@ -279,83 +306,119 @@ def open_indices(paths, cache=CACHE):
     indices = [open_index(path, cache) for path in paths]
     names = [index.name for index in indices]
     if len(set(names)) < len(names):
-        raise ValueError(f"data holds two data sets of one name, {names}; rename one, as statistics are kept by name")
+        where = f"{names}, in {', '.join(map(str, paths))}"
+        raise ValueError(f"data holds two data sets of one name, {where}; rename one: statistics are kept by name")
     return indices
 
 
-def _scan(shards, features, salt):
-    """Reads every record once. Returns (image locations, columns, starts, texts and metadata as JSON)."""
+def _scan(shards, features, salt, tell):
+    """Reads every record once. Returns the contents of an `Index`, without episodes of no step.
+
+    Tells of what is wrong with a record; should that not raise, it is left out too.
+    """
     digest, lengths = hashlib.sha256(salt), []
     images, columns, instructions, metadata = {}, {}, [], {}
-    for number, path in enumerate(shards):
-        for offset, payload, word in read_records(path):
+    for number, (path, expected) in enumerate(shards.items()):
+        records = 0
+        for records, (offset, payload, word) in enumerate(read_records(path, tell), 1):
             digest.update(struct.pack("<QI", len(payload), word))
+            place, episode = f"{path}: record at byte {offset - 12}", f"(episode {len(lengths)})"
             try:
-                example = parse_example(payload)
-                lengths.append(_append_episode(example, features, payload, number, offset, images, columns, metadata))
-            except (ValueError, KeyError, IndexError) as error:
-                raise ValueError(f"{path}: record at byte {offset - 12}: {error}") from error
-            texts = example.get("steps/language_instruction")
-            start, length = texts[0] if texts else (0, 0)
-            instructions.append(payload[start : start + length].decode())
+                steps, *found, texts = _read_episode(parse_example(payload), features, payload, number, offset)
+            except ValueError as error:
+                tell(ValueError(f"{place}: {error} {episode}. Repair or remove this episode."))
+                continue
+            for remark in _remarks(steps, found[1], texts):
+                tell(ValueError(f"{place}: {remark} {episode}. Is it meant to be so?"), trains=True)
+            if steps:
+                lengths.append(steps)
+                instructions.append(texts[0] if texts else "")
+                for lists, values in zip((images, columns, metadata), found):
+                    for name, value in values.items():
+                        lists.setdefault(name, []).append(value)
+        if records != expected:
+            tell(ValueError(f"{path}: {records} whole records, {expected} in dataset_info.json. {COPY_AGAIN}"))
     if not lengths:
-        raise ValueError(f"{shards[0].parent}: no episode in {len(shards)} shards")
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    info = {"fingerprint": digest.hexdigest()[:16], "instructions": instructions, "metadata": metadata}
-    return (
-        {k: np.concatenate(v) for k, v in images.items()},
-        {k: np.concatenate(v) for k, v in columns.items()},
-        starts,
-        info,
-    )
+        tell(ValueError(f"no episode in the shards {', '.join(map(str, shards))}. {COPY_AGAIN}"))
+    arrays = [{name: np.concatenate(parts) for name, parts in lists.items()} for lists in (images, columns)]
+    contents = dict(zip(("images", "columns"), arrays), starts=np.cumsum([0, *lengths]))
+    return contents | dict(fingerprint=digest.hexdigest()[:16], instructions=instructions, metadata=metadata)
 
 
-def _append_episode(example, features, payload, shard, offset, images, columns, metadata):
-    """Sorts one parsed episode into the growing lists; returns its number of steps."""
+def _read_episode(example, features, payload, shard, offset):
+    """(number of steps, image locations, columns, metadata, instruction of each step) of one parsed episode.
+
+    Raises ValueError naming the feature that is not as in features.json.
+    """
+    missing = sorted(features.keys() - example.keys())
+    if missing:
+        raise ValueError(f"no feature {', '.join(missing)}; there is {', '.join(sorted(example))}")
     listed = (name for name, (kind, *_) in features.items() if kind != "tensor" and name.startswith("steps/"))
     counted = next(listed, None)  # texts and images are one entry a step
     if counted is None:
         raise ValueError("a step has neither image nor text, so its number is unknown")
     steps = len(example[counted])
+    images, columns, metadata, texts = {}, {}, {}, []
     for name, (kind, dtype, shape) in features.items():
         value, short = example[name], name.rsplit("/", 1)[-1]
         if name.startswith("episode_metadata/"):
-            metadata.setdefault(short, []).append(_metadata(value, payload, kind, dtype, shape))
-        elif kind == "image":
-            _check_length(name, len(value), steps)
-            images.setdefault(short, []).append(
-                np.array([(shard, offset + start, length) for start, length in value], np.int64)
-            )
+            metadata[short] = _metadata(name, value, payload, kind, dtype, shape)
+            continue
+        _check_values(name, value, kind, dtype, steps * math.prod(shape if kind == "tensor" else ()))
+        if kind == "image":
+            images[short] = np.array([(shard, offset + start, length) for start, length in value], np.int64)
         elif kind == "tensor":
-            _check_length(name, value.size, steps * int(np.prod(shape)))
-            columns.setdefault(short, []).append(value.reshape(steps, *shape).astype(dtype))
-    return steps
+            columns[short] = value.reshape(steps, *shape).astype(dtype)
+        elif name == "steps/language_instruction":
+            texts = [_text(f"{name} at step {n}", payload[a : a + size]) for n, (a, size) in enumerate(value)]
+    return steps, images, columns, metadata, texts
 
 
-def _metadata(value, payload, kind, dtype, shape):
+def _remarks(steps, columns, texts):
+    """Yields what is odd about an episode that one can train with."""
+    if steps < 2:
+        yield f"the episode has {steps} steps" + ("" if steps else " and is left out")
+    if "" in map(str.strip, texts):
+        yield "the instruction is empty"
+    if steps > 1 and "action" in columns and (columns["action"] == columns["action"][0]).all():
+        yield f"the action never changes in {steps} steps"
+
+
+def _text(name, raw):
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"feature {name} is no UTF-8 text: {raw[:80]}, {error.reason}") from error
+
+
+def _metadata(name, value, payload, kind, dtype, shape):
     """One episode's value as JSON holds it; tensors may be stored as packed numbers or as raw bytes."""
     if isinstance(value, list):
+        _check_values(name, value, "text", dtype, 1)
         start, length = value[0]
         raw = payload[start : start + length]
         if kind == "text":
-            return raw.decode()
+            return _text(name, raw)
         value = np.frombuffer(raw, dtype)
+    _check_values(name, value, kind, dtype, 1 if shape == () else len(value))
     return value[0].item() if shape == () else value.tolist()
 
 
-def _check_length(name, found, expected):
-    if found != expected:
-        raise ValueError(f"feature {name} has {found} values where its shape in features.json asks for {expected}")
+def _check_values(name, value, kind, dtype, count):
+    found = "bytes" if isinstance(value, list) else "floats" if value.dtype.kind == "f" else "integers"
+    expected = "bytes" if kind != "tensor" else "floats" if "float" in dtype else "integers"
+    if (len(value), found) != (count, expected):
+        raise ValueError(f"feature {name} has {len(value)} values ({found}), features.json wants {count} ({expected})")
 
 
-def _write_index(folder, images, columns, starts, info):
+def _write_index(folder, starts, **info):
     """Writes to a temporary folder and renames it, so that a reader never sees half an index."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
-    for kind, arrays in (("images", images), ("columns", columns)):
-        info[kind] = list(arrays)
-        for name, array in arrays.items():
+    for kind in ("images", "columns"):
+        for name, array in info[kind].items():
             np.save(temporary / f"{kind}.{name}.npy", array)
+        info[kind] = list(info[kind])
     np.save(temporary / "starts.npy", starts)
     (temporary / "index.json").write_text(json.dumps(info))
     try:
@@ -385,25 +448,29 @@ def statistics(index):
 
     Video without actions or states lacks these entries. Raises ValueError where one of them is not a finite number.
     """
-    columns = {ours: index.columns[name] for ours, name in (("action", "action"), ("proprio", "state"))
-               if name in index.columns}  # fmt: skip
+    columns = {ours: name for ours, name in (("action", "action"), ("proprio", "state")) if name in index.columns}
     result = {}
     for name, column in columns.items():
-        _check_finite(index, name, column)
-        result[name] = _moments(standardise(column) if name == "action" else column)
+        for fault in _not_finite(index, column):
+            raise ValueError(fault)
+        values = index.columns[column]
+        result[name] = _moments(standardise(values) if name == "action" else values)
     if "action" in result:  # the gripper passes through unchanged
-        result["action"]["mask"] = [True] * (columns["action"].shape[1] - 1) + [False]
+        result["action"]["mask"] = [True] * (index.columns["action"].shape[1] - 1) + [False]
     return result | {"num_transitions": len(index), "num_trajectories": len(index.starts) - 1}
 
 
-def _check_finite(index, name, column):
-    wrong = np.argwhere(~np.isfinite(column.reshape(len(column), -1)))
-    if len(wrong):
-        step, dimension = wrong[0].tolist()
-        episode = int(np.searchsorted(index.starts, step, "right")) - 1
-        raise ValueError(
-            f"{name} of {index.name} is {column[step].flat[dimension]} at step {step - index.starts[episode]} of "
-            f"episode {episode}, dimension {dimension} ({len(wrong)} such values). Repair or remove these episodes."
+def _not_finite(index, name):
+    """Yields a text for each episode in which column `name` holds a number that is not finite."""
+    column = index.columns[name]
+    wrong = np.argwhere(~np.isfinite(column.reshape(len(column), math.prod(column.shape[1:]))))  # (step, dimension)
+    episodes = np.searchsorted(index.starts, wrong[:, 0], "right")
+    for episode in np.unique(episodes):
+        (step, dimension), count = wrong[episodes == episode][0], (episodes == episode).sum()
+        file, place = index.where(step)
+        yield (
+            f"{file}: {name} of {index.name} is {column[step].flat[dimension]} at {place}, "
+            f"dimension {dimension} ({count} such values in the episode). Repair or remove this episode."
         )
 
 
@@ -482,15 +549,19 @@ def load_labels(index, path, delta=0):
     """
     path = Path(path)
     if path.exists():
-        with safe_open(path, "numpy") as file:
-            info = file.metadata()
-            if info["data"] != index.fingerprint:
-                raise ValueError(
-                    f"{path} labels the data set with fingerprint {info['data']}, but {index.directory} has "
-                    f"{index.fingerprint}. Make them again: python latent.py label"
-                )
-            codes, vectors = file.get_tensor("codes"), file.get_tensor("vectors")
-        labels = Labels(codes, vectors, int(info["delta"]), int(info["num_codes"]), False, info["lam"])
+        try:
+            with safe_open(path, "numpy") as file:
+                info, codes, vectors = file.metadata(), file.get_tensor("codes"), file.get_tensor("vectors")
+            labels = Labels(codes, vectors, int(info["delta"]), int(info["num_codes"]), False, info["lam"])
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} holds no labels: {error}. Make them again: python latent.py label") from error
+        if info["data"] != index.fingerprint:
+            raise ValueError(
+                f"{path} labels the data set with fingerprint {info['data']}, but {index.directory} has "
+                f"{index.fingerprint}. Make them again: python latent.py label"
+            )
+        if not len(codes) == len(vectors) == len(index):
+            raise ValueError(f"{path} labels {len(codes)} steps, not {len(index)}. Make it again: latent.py label")
     elif "latent_idx" in index.columns:
         codes = index.columns["latent_idx"]
         vectors = index.columns["latent_z"].reshape(*codes.shape, -1)
@@ -533,6 +604,11 @@ class Steps(torch.utils.data.Dataset):
             picked = np.concatenate([rng.permutation(steps) for _ in range(count // len(steps) + 1)])[:count]
             rows.append(np.stack([np.full(count, number), picked], 1))
         return rng.permutation(np.concatenate(rows))
+
+    def names(self, positions):
+        """Which samples these are, for messages: file, step and episode of each."""
+        found = (self._order(position // self.epoch_length)[position % self.epoch_length] for position in positions)
+        return "; ".join("{}: {}".format(*self.indices[number].where(step)) for number, step in found)
 
     def __len__(self):
         return 2**62  # endless: the loop decides when to stop
@@ -730,6 +806,46 @@ class Config:
     """folder of an RLDS data set"""
     cache: Path = CACHE
     """where indices are kept"""
+    check: bool = False
+    """only list all that is wrong with the data and its labels; exit status 1 when there is something"""
+
+
+def check(path, cache=CACHE):
+    """Prints all that is wrong with the data set at `path` and what is odd but trains. Returns the number of faults.
+
+    Reads every record, image, number and text, and the labels if there are any; writes nothing. Raises only where there
+    is no telling what belongs to the data set.
+    """
+    found = {False: [], True: []}
+
+    def tell(fault, trains=False):
+        found[trains].append(f"{'odd, but it trains' if trains else 'wrong'}: {fault}")
+
+    def attempt(function, *given):
+        try:
+            function(*given)
+        except ValueError as fault:
+            tell(fault)
+
+    index = open_index(path, cache, tell)
+    labels = None if found[False] else label_path(index, path)  # records that are lost would not match them
+    for camera in index.images:
+        for step in range(len(index)):
+            attempt(index.image, camera, step)
+    for name in index.columns:
+        for fault in _not_finite(index, name):
+            tell(fault)
+    if {"action", "state"} <= index.columns.keys():
+        attempt(_check_same_sizes, [index], [])
+        actions = index.columns["action"]
+        for number in np.flatnonzero((actions == actions[0]).all(0)):
+            tell(f"{index.directory}: dimension {number} of action is {actions[0, number]} at all steps", trains=True)
+    if labels and labels.exists():
+        attempt(load_labels, index, labels)
+    counts = f"{len(index.starts) - 1} episodes, {len(index)} steps, {len(index) * len(index.images)} images"
+    lines = found[False] + found[True]
+    print(*lines, f"{index.name}: {len(lines) or 'nothing'} found in {counts}", sep="\n")
+    return len(found[False])
 
 
 def contact_sheet(index, episodes=8):
@@ -756,6 +872,8 @@ def contact_sheet(index, episodes=8):
 def main():
     """Prints episodes, steps, instructions, shapes and statistics of a data set; writes a contact sheet."""
     config = tyro.cli(Config, description=__doc__)
+    if config.check:
+        raise SystemExit(int(check(config.data, config.cache) > 0))
     index = open_index(config.data, config.cache)
     lengths = np.diff(index.starts)
     print(

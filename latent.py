@@ -53,7 +53,6 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from safetensors import safe_open
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -1062,23 +1061,12 @@ def next_command(config, kind):
     return flags
 
 
-def places(samples, positions):
-    """Which samples some positions of `Steps` are: data set, episode and step of each, for messages."""
-    lines = []
-    for epoch, row in (divmod(position, samples.epoch_length) for position in positions):
-        number, step = samples._order(epoch)[row]
-        index = samples.indices[number]
-        episode = int(np.searchsorted(index.starts, step, "right")) - 1
-        lines.append(f"{index.name}, episode {episode}, step {step - index.starts[episode]}")
-    return "; ".join(lines)
-
-
 def fit(model, samples, config, ranks, resuming=False):
     """config.max_steps updates of `model`; one line of the log for each; saved now and then, and at the end.
 
     Returns whether it came to the end: SIGTERM stops it after a save.
     """
-    net = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
+    net = common.distribute(model, ranks)
     optimizer = torch.optim.AdamW(common.parameter_groups(model.train(), WEIGHT_DECAY))
     first = common.restore_training(config.out, model, optimizer) if resuming else 0
     batch_size, steps = config.global_batch_size, config.max_steps
@@ -1105,7 +1093,7 @@ def fit(model, samples, config, ranks, resuming=False):
         stop = entry.pop("stop") > 0  # on any process
         log.write(step=step, **entry)
         if not np.isfinite(entry["loss"] + entry["grad_norm"]):
-            of = places(samples, range(step * batch_size, (step + 1) * batch_size))
+            of = samples.names(range(step * batch_size, (step + 1) * batch_size))
             raise FloatingPointError(f"step {step}: loss {entry['loss']}, gradient {entry['grad_norm']}. Look at {of}")
         codes = f"codes {min(entry['usage'])}/{model.num_codes}"
         bar.set_postfix_str(f"loss {entry['loss']:.4f}, {codes}, {entry['samples_per_s']:.0f} samples/s", refresh=False)

@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -653,6 +653,33 @@ def check_gpu(name, capability):
         )
 
 
+def _read_json(path):
+    """The object in a JSON file; ValueError naming the file when there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}. Put the run's own file back.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {found!r:.80}, not an object. Put the run's own file back.")
+    return found
+
+
+def _check_sizes(spec, values):
+    """Raises ValueError for a spec of which something is of another type, or needs more than `values` weights: before
+    anything of such a size is built. Prompts have a longest length of their own."""
+    for field in fields(spec):
+        types = {float: (float, int), tuple: (tuple, list)}.get(field.type, field.type)
+        value = getattr(spec, field.name)
+        if not isinstance(value, types) or field.type is int and value < 0:
+            raise ValueError(f"{field.name} is {value!r:.80} in config.json. Put the run's own file back.")
+    _check_spec(spec)
+    width = spec.head_width or 1
+    least = width * max(spec.chunk, spec.action_size, spec.proprio_size, 14 * width)  # of a block of the head
+    least = max(least, 64 * max(spec.num_codes, spec.code_dim, spec.lora_rank))  # no backbone is narrower
+    if least > values:
+        raise ValueError(f"config.json asks for more than the {values} weights of the run: {spec}")
+
+
 def load_vla(run, text_length=0):
     """(VLA in evaluation mode, config of the run). text_length: room for instructions, if another than in training.
 
@@ -662,9 +689,16 @@ def load_vla(run, text_length=0):
     for name in ("config.json", "model.safetensors"):
         if not (run / name).exists():
             raise FileNotFoundError(f"{run} has no {name}: it is not a run that train.py saved")
-    config = json.loads((run / "config.json").read_text())
-    vla = VLA(Spec(**config["model"] | ({"text_length": text_length} if text_length else {})))
-    load_trainable(vla, load_tensors(run / "model.safetensors")[0], run / "model.safetensors")
+    config, weights = _read_json(run / "config.json"), run / "model.safetensors"
+    try:
+        tensors, _ = load_tensors(weights)
+        spec = Spec(**config["model"] | ({"text_length": text_length} if text_length else {}))
+        _check_sizes(spec, sum(tensor.numel() for tensor in tensors.values()))
+        vla = VLA(spec)
+        load_trainable(vla, tensors, weights)
+        config["base_hash"], config["data"]  # what is read below and by `Policy`
+    except (TypeError, KeyError, OSError) as error:
+        raise ValueError(f"{run} cannot be loaded: {error!r}. Put its own files, and its backbone, back.") from error
     if base_hash(vla) != config["base_hash"]:
         raise ValueError(
             f"{run} was trained on another {config['model']['backbone']}: "
@@ -687,16 +721,20 @@ class Policy:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.run = run
         self._load()
-        every = json.loads((Path(run) / "dataset_statistics.json").read_text())
+        every = _read_json(Path(run) / "dataset_statistics.json")
         name = data or (next(iter(every)) if len(every) == 1 else "")
         if name not in every:
             raise ValueError(f"{run} has statistics of {list(every)}, not of '{name}'; choose one of them")
         self.name, self.stats = name, every[name]
-        self.entry = next(entry for entry in self.config["data"] if entry["name"] == name)  # what the run says of it
-        if statistics_hash(self.stats) != self.entry["statistics"]:
+        try:
+            self.entry = {entry["name"]: entry for entry in self.config["data"]}[name]  # what the run says of it
+            trained_with = self.entry["statistics"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{run}/config.json says nothing of '{name}': put the run's own file back") from error
+        if statistics_hash(self.stats) != trained_with:
             raise ValueError(
                 f"{run}/dataset_statistics.json holds other statistics of '{name}' than the run was trained with "
-                f"(hash {statistics_hash(self.stats)}, not {self.entry['statistics']}): put the run's own file back"
+                f"(hash {statistics_hash(self.stats)}, not {trained_with}): put the run's own file back"
             )
 
     def _load(self, text_length=0):

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from common import (
     all_sum,
     commit,
     data_workers,
+    distribute,
     explained,
     learning_rate,
     parameter_groups,
@@ -65,7 +65,7 @@ from data import (
     statistics_hash,
     steps_of,
 )
-from latent import load_tokenizer, places
+from latent import load_tokenizer
 from model import VARIANTS, VLA, Spec, base_hash, check_gpu, request_ids, text_tokenizer
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
@@ -347,11 +347,11 @@ def ready(batch, tokenizer, image_aug, device):
 
 @torch.no_grad()
 def offenders(config, dataset, vla, tokenizer, step):
-    """`places` of the samples of a step whose loss alone is not finite; of all when there is none."""
+    """`names` of the samples of a step whose loss alone is not finite; of all when there is none."""
     rows, device = range(step * config.global_batch_size, (step + 1) * config.global_batch_size), vla.queries.device
     with torch.compiler.set_stance("force_eager"):
         alone = lambda row: vla(ready(default_collate([dataset[row]]), tokenizer, config.image_aug, device))["loss"]  # noqa: E731
-        return places(dataset, [row for row in rows if not alone(row).isfinite()] or rows)
+        return dataset.names([row for row in rows if not alone(row).isfinite()] or rows)
 
 
 @torch.no_grad()
@@ -450,7 +450,7 @@ def main(config):
     cuda = ranks.device.type == "cuda"
     workers = data_workers(config.num_workers, config.timeout)
     batches = iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=cuda, **workers))
-    ddp = DistributedDataParallel(vla, broadcast_buffers=False) if ranks.world > 1 else vla
+    ddp = distribute(vla, ranks)
     log = Log(run, ranks.main, first, config.wandb_project, description)
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
     print0(

@@ -38,14 +38,13 @@ import torch
 import tyro
 from PIL import Image
 from torch._subclasses import FakeTensorMode
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
-from common import parameter_groups, start_ranks, stop_ranks, to_device
+from common import distribute, parameter_groups, start_ranks, stop_ranks, to_device
 from data import Chunks, Index, action_chunk, prepare_images, statistics
 from model import (
     PROMPT,
@@ -874,7 +873,7 @@ def ddp_rank(rank, world, port, config, results):
     compute_in(config)
     vla = random_vla(config)
     optimizer, batch = make_optimizer(vla), random_batch(vla, config.batch)
-    wrapped = DistributedDataParallel(vla, broadcast_buffers=False) if world > 1 else vla
+    wrapped = distribute(vla, ranks)
     seconds = taking_turns({"ours": lambda: train_step(lambda: wrapped(batch), vla, optimizer)}, config, True)["ours"]
     if ranks.main:
         results.put(seconds)

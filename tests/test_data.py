@@ -1,11 +1,16 @@
 """data.py against tensorflow-datasets, numpy and examples worked by hand."""
 
 import io
+import json
 import os
+import pickle
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 
+import fuzz
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -13,7 +18,9 @@ from conftest import picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import common
 import data
+import model
 
 LEVER = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # augmentation draws of one camera
 
@@ -151,6 +158,346 @@ def test_missing_and_empty_folders_are_explained(rlds, tmp_path):
     next(folder.glob("*/*.tfrecord-00001*")).unlink()
     with pytest.raises(FileNotFoundError, match="1 of 2 shards are missing.*00001-of-00002"):
         data.open_index(folder, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data that lies
+
+
+def changed(rlds, folder, changes):
+    """A copy of a data set, the second episode of its first shard (episode 1) changed; returns folder and shard.
+
+    changes: {end of a feature's name: function of its value, a list of bytes or an array; None removes it}.
+    """
+    folder = copied(rlds, folder)
+    path = next(folder.glob("*/*.tfrecord-00000-*"))
+    payloads = [payload for _, payload, _ in data.read_records(path)]
+    found = data.parse_example(payloads[1])
+    features = {n: [payloads[1][a : a + k] for a, k in v] if isinstance(v, list) else v for n, v in found.items()}
+    for name, value in features.items():
+        for end, change in changes.items():
+            features[name] = change(value) if name.endswith(end) else features[name]
+    payloads[1] = fuzz.example({name: value for name, value in features.items() if value is not None})
+    path.write_bytes(b"".join(map(fuzz.record, payloads)))
+    return folder, path
+
+
+def put(step, value):
+    """Function: the same list or array with another value at a step."""
+    return lambda values: [*values[:step], value, *values[step + 1 :]]
+
+
+def set_number(place, value):
+    """Function: the same array with another number at a place."""
+    return lambda values: np.where(np.arange(len(values)) == place, np.float32(value), values)
+
+
+def checked(folder, capsys):
+    """(number of faults, the lines) of `data.py --check`; the folder is as it was and no index is written."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    faults = data.check(folder, folder.parent / "unwritten")
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not (folder.parent / "unwritten").exists()
+    return faults, capsys.readouterr().out.splitlines()
+
+
+WRONG_RECORDS = {
+    "wrong type": ({"/action": lambda v: v.astype(int)}, r"steps/action has \d+ values \(integers\), .* \(floats\)"),
+    "bytes for floats": (
+        {"observation/state": lambda v: [v.tobytes()]},
+        r"observation/state has 1 values \(bytes\), .* \(floats\)",
+    ),
+    "floats for text": ({"/suite": lambda v: np.ones(1, np.float32)}, r"suite has 1 values \(floats\), .* 1 \(bytes\)"),
+    "wrong shape": ({"/action": lambda v: v[:-1]}, r"steps/action has \d+ values"),
+    "missing image": ({"/wrist_image": lambda v: v[:-1]}, r"steps/observation/wrist_image has \d+ values"),
+    "missing camera": ({"/image": lambda v: None}, "no feature steps/observation/image; there is .*wrist_image"),
+    "empty metadata": ({"/seed": lambda v: v[:0]}, r"episode_metadata/seed has 0 values \(integers\)"),
+    "no UTF-8": (
+        {"/language_instruction": put(2, b"put \xff")},
+        r"language_instruction at step 2 is no UTF-8 text: b'put",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_RECORDS)
+def test_wrong_record_is_named_at_opening(fault, rlds, tmp_path, capsys):
+    """File, byte, feature and episode; nothing of it is kept; the check says the same and goes on."""
+    changes, message = WRONG_RECORDS[fault]
+    folder, path = changed(rlds, tmp_path, changes)
+    expected = rf"{path.name}: record at byte [1-9]\d*: .*{message}.* \(episode 1\). Repair or remove this episode"
+    with pytest.raises(ValueError, match=expected):
+        data.open_index(folder, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    faults, lines = checked(folder, capsys)
+    assert faults == 1 and re.search(expected, lines[0]) and "found in 7 episodes" in lines[-1]
+
+
+def test_shard_cut_between_records_is_noticed(rlds, tmp_path, capsys):
+    """Whole records that are too few: the metadata knows their number."""
+    folder, path = changed(rlds, tmp_path, {})
+    last = [offset - 12 for offset, _, _ in data.read_records(path)][-1]
+    path.write_bytes(path.read_bytes()[:last])
+    with pytest.raises(ValueError, match=f"{path.name}: 3 whole records, 4 in dataset_info.json. Copy it again"):
+        data.open_index(folder, tmp_path / "cache")
+    assert checked(folder, capsys)[0] == 1
+
+
+def png():
+    """A picture of the right size in another format."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(90, (0, 0), 80))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def small():
+    """A JPEG of another size."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 96)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+WRONG_IMAGES = {
+    "no image": b"no image",
+    "empty": b"",
+    "truncated": picture(90, (0, 0), 80)[:-300],
+    "PNG": png(),
+    "another size": small(),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_IMAGES)
+def test_undecodable_jpeg_is_named(fault, rlds, chunks, tmp_path, capsys):
+    """When it is used, in this process or another: shard, camera, step and episode. The check finds it."""
+    folder, path = changed(rlds, tmp_path, {"/image": put(5, WRONG_IMAGES[fault])})
+    index = data.open_index(folder, tmp_path / "cache")
+    samples, step = chunks(indices=[index]), int(index.starts[1]) + 5
+    message = f"{path.name}: camera image at step 5 of episode 1 cannot be used: .* Copy it again"
+    position = places(samples, len(index)).index((0, step))
+    for workers in (0, 1) if fault == "PNG" else (0,):  # torch takes 5 s to leave a worker that failed
+        with pytest.raises(ValueError, match=message):
+            list(DataLoader(samples, sampler=[position], num_workers=workers))
+    assert len(samples.sample(0, step + 1)["images"]) == 1
+    faults, lines = checked(folder, capsys)
+    assert faults == 1 and re.search(message, lines[0])
+
+
+@pytest.mark.parametrize("fault, message", (("cut", "the file ends before byte"), ("gone", "No such file")))
+def test_shard_that_becomes_unreadable_is_named(fault, message, rlds, tmp_path):
+    """Cut or removed after it was indexed: the shard, camera, step and episode."""
+    index = data.open_index(copied(rlds, tmp_path), tmp_path / "cache")
+    path, last = index.shards[1], len(index) - 1
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[: int(index.images["image"][last, 1]) + 10])
+    else:
+        path.unlink()
+    expected = rf"{path.name}: camera image at step \d+ of episode 7 cannot be used: .*{message}.* Copy it again"
+    with pytest.raises(ValueError, match=expected):
+        index.image("image", last)
+    assert index.image("image", 0).shape == (96, 96, 3)
+
+
+@pytest.mark.parametrize(
+    "column, value", (("action", np.nan), ("state", np.inf), ("state", -np.inf), ("reward", np.nan))
+)
+def test_number_that_is_not_finite_is_named(column, value, rlds, tmp_path, capsys):
+    """Before training, if of an action or of the proprio: shard, step, episode, dimension. The check finds all."""
+    feature, width = {"action": ("/action", 7), "state": ("observation/state", 8), "reward": ("/reward", 1)}[column]
+    folder, path = changed(rlds, tmp_path, {feature: set_number(4 * width + width - 1, value)})
+    index = data.open_index(folder, tmp_path / "cache")
+    message = f"{path.name}: {column} of made is {value} at step 4 of episode 1, dimension {width - 1} .1 such.* Repair"
+    if column == "reward":
+        assert data.statistics(index)
+    else:
+        with pytest.raises(ValueError, match=message):
+            data.statistics(index)
+    faults, lines = checked(folder, capsys)
+    assert faults == 1 and re.search(message, lines[0])
+
+
+def shortened(steps):
+    """Changes that leave the first steps of an episode of actions of 7 and states of 8 and 7 numbers."""
+    widths = {"/action": 7, "observation/state": 8, "joint_state": 7}
+    single = ("image", "language_instruction", "is_first", "is_last", "is_terminal", "reward", "discount")
+    return {name: lambda v, n=n * steps: v[:n] for name, n in (widths | dict.fromkeys(single, 1)).items()}
+
+
+def test_episode_of_no_step_is_left_out(rlds, index, chunks, tmp_path, capsys):
+    """What remains is as if it were not there, to the sample; the check mentions it and is content."""
+    folder, path = changed(rlds, tmp_path, shortened(0))
+    found = data.open_index(folder, tmp_path / "cache")
+    rest = np.delete(np.diff(index.starts), 1)
+    assert np.array_equal(np.diff(found.starts), rest) and len(found.instructions) == len(found.metadata["seed"]) == 7
+    assert found.instructions == index.instructions[:1] + index.instructions[2:]
+    for shift, step in ((0, int(index.starts[1]) - 1), (int(index.starts[2] - index.starts[1]), int(index.starts[2]))):
+        ours, theirs = chunks(indices=[found]).sample(0, step - shift), chunks().sample(0, step)
+        assert same({**ours, "text": [ours["text"]]}, {**theirs, "text": [theirs["text"]]})
+    faults, lines = checked(folder, capsys)
+    message = (
+        rf"odd, but it trains: .*{path.name}: record at byte \d+: the episode has 0 steps and is left out \(episode 1"
+    )
+    assert faults == 0 and re.search(message, lines[0])
+
+
+def test_odd_episodes_train_and_are_mentioned(rlds, chunks, tmp_path, capsys):
+    """One step; no instruction; actions that never change, in an episode or in a dimension of the whole data set."""
+    still = {"/action": lambda v: np.tile(v[:7], len(v) // 7), "/language_instruction": lambda v: [b" "] * len(v)}
+    for name, changes, oddities in (("one", shortened(1), ["has 1 steps"]),
+                                    ("still", still, ["instruction is empty", "action never changes"])):  # fmt: skip
+        folder, path = changed(rlds, tmp_path / name, changes)
+        index = data.open_index(folder, tmp_path / "cache")
+        first = int(index.starts[1])
+        sample = chunks(indices=[index], stats=[data.statistics(index)]).sample(0, first)
+        assert sample["valid"].tolist() == [True] + [name != "one"] * 7 and (sample["actions"][:, 3] == 0).all()
+        faults, lines = checked(folder, capsys)
+        assert faults == 0 and len(lines) == len(oddities) + 2
+        for line, oddity in zip(lines, oddities):
+            assert re.search(
+                rf"odd, but it trains: .*{path.name}: record at byte \d+: .*{oddity}.* \(episode 1\)", line
+            )
+        assert re.search(r"odd, but it trains: .*: dimension 3 of action is 0.0 at all steps", lines[-2])
+
+
+def test_two_data_sets_of_one_name_are_refused(rlds, cache, tmp_path):
+    """With both folders, for statistics are kept by name."""
+    folder = copied(rlds, tmp_path)
+    with pytest.raises(ValueError, match=rf"one name, \['made', 'made'\], in {rlds}, {folder}; rename one"):
+        data.open_indices([rlds, folder], cache)
+
+
+def test_check_finds_nothing_in_good_data(rlds_latents, video, script_here, tmp_path):
+    """Exit status 0 and how much was looked at; nothing is written."""
+    for folder, oddities in ((rlds_latents, 1), (video, 1)):  # an action that never moves, an episode of one step
+        done = script_here("data.py", folder, "--check", "--cache", tmp_path / "cache")
+        lines = done.text.splitlines()
+        assert (
+            done.code == 0
+            and len(lines) == oddities + 1
+            and re.search(r": 1 found in \d+ episodes, \d+ steps", lines[-1])
+        )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_check_lists_everything_in_one_go(rlds, labels, script_here, tmp_path):
+    """Faults of records, images, numbers, texts and labels in both shards, each on its own line; exit status 1."""
+    changes = {
+        "/image": put(3, b"no image"),
+        "/action": set_number(0, np.nan),
+        "/language_instruction": lambda v: [b""] * len(v),
+    }
+    folder, path = changed(rlds, tmp_path, changes)
+    shutil.copy(labels, folder / "labels.safetensors")
+    done = script_here("data.py", folder, "--check", "--cache", tmp_path / "cache")
+    found = [f"{path.name}: camera image at step 3 of episode 1",
+             f"{path.name}: action of made is nan at step 0 of episode 1",
+             "labels.safetensors labels the data set with", "instruction is empty"]  # fmt: skip
+    assert done.code == 1 and all(text in line for text, line in zip(found, done.text.splitlines()))
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1  # of the first record: what comes after it is read all the same, as episodes 0 to 2
+    path.write_bytes(content)
+    other = path.with_name(path.name.replace("00000-of", "00001-of"))
+    other.write_bytes(other.read_bytes()[:-1])
+    done = script_here("data.py", folder, "--check", "--cache", tmp_path / "cache")
+    found = [f"{path.name}: wrong checksum of the record", f"{path.name}: 3 whole records, 4 in",
+             f"{other.name}: the record at", f"{other.name}: 3 whole records, 4 in",
+             *(text.replace("episode 1", "episode 0") for text in found[:2])]  # fmt: skip
+    assert done.code == 1 and all(text in line for text, line in zip(found, done.text.splitlines()))
+    assert "found in 6 episodes" in done.text and not (tmp_path / "cache").exists()
+    other.unlink()
+    done = script_here("data.py", folder, "--check", "--cache", tmp_path / "cache")
+    assert done.code == 1 and "1 of 2 shards are missing" in done.text and "found in 3 episodes" in done.text
+
+
+def test_damaged_labels_are_refused(index, labels, tmp_path):
+    """No such file's format, no metadata, too few rows: file and remedy."""
+    tensors, info = common.load_tensors(labels)
+    path = tmp_path / "labels.safetensors"
+    for content, about in (({"codes": tensors["codes"]}, info), (tensors, {}),
+                           ({n: t[:-1].clone() for n, t in tensors.items()}, info)):  # fmt: skip
+        common.save_tensors(path, content, **about)
+        with pytest.raises(ValueError, match=f"{path}.* Make (it|them) again: .*latent.py label"):
+            data.load_labels(index, path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{path} holds no labels: .* Make them again"):
+        data.load_labels(index, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run directories that lie
+
+
+def test_pickle_in_a_run_is_not_executed(tmp_path):
+    """Weights that are a pickle: refused, and what it would have run has not run."""
+    fuzz.write_run(tmp_path)
+    model.Policy(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for write in (pickle.dump, torch.save):
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            write(Evil(), file)
+        with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors is damaged"):
+            model.Policy(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+ABSURD = (("chunk", 10**6), ("action_size", 10**6), ("proprio_size", 10**6), ("codes_per_step", 10**6),
+          ("num_codes", 10**6), ("code_dim", 10**6), ("head_width", 10**4), ("text_length", 10**4), ("cameras", 10**4),
+          ("image_size", 32 * 10**4))  # fmt: skip
+
+
+@pytest.mark.parametrize("name, size", ABSURD)
+def test_absurd_size_is_refused(name, size, tmp_path):
+    """Before anything of that size is built."""
+    fuzz.write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"][name] = size
+    common.write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=f"config.json asks for more than the .*{name}={size}|the prompt would take"):
+        model.load_vla(tmp_path)
+
+
+WRONG_CONFIGS = {
+    "not JSON": (lambda c: "{", "config.json is no JSON: "),
+    "not an object": (lambda c: [c], "config.json holds .*, not an object"),
+    "too deep": (lambda c: json.loads("[" * 900 + "]" * 900), "config.json .*not an object"),
+    "no model": (lambda c: {n: v for n, v in c.items() if n != "model"}, "cannot be loaded: KeyError..model"),
+    "unknown": (lambda c: {**c, "model": {**c["model"], "depth": 3}}, "cannot be loaded: TypeError.*depth"),
+    "type": (lambda c: {**c, "model": {**c["model"], "chunk": "2"}}, "chunk is '2' in config.json"),
+    "negative": (lambda c: {**c, "model": {**c["model"], "chunk": -2}}, "chunk is -2 in config.json"),
+    "no backbone": (lambda c: {**c, "model": {**c["model"], "backbone": "no such"}}, "cannot be loaded: .*no such"),
+    "no hash": (lambda c: {n: v for n, v in c.items() if n != "base_hash"}, "cannot be loaded: KeyError..base_hash"),
+    "no data": (lambda c: {**c, "data": []}, "config.json says nothing of 'made'"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_CONFIGS)
+def test_wrong_config_is_refused(fault, tmp_path):
+    """The folder, what is wrong, and what to do."""
+    fuzz.write_run(tmp_path)
+    change, message = WRONG_CONFIGS[fault]
+    config = change(json.loads((tmp_path / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        model.Policy(tmp_path)
+    assert re.search("[Pp]ut .* back", str(error.value))
+
+
+def test_statistics_from_elsewhere_are_refused(tmp_path):
+    """The file, the data set, and what to do."""
+    fuzz.write_run(tmp_path)
+    every = json.loads((tmp_path / "dataset_statistics.json").read_text())
+    every["made"]["action"]["q99"][0] += 0.1
+    common.write_json(tmp_path / "dataset_statistics.json", every)
+    with pytest.raises(ValueError, match="dataset_statistics.json holds other statistics of 'made' .* own file back"):
+        model.Policy(tmp_path)
+
+
+def test_few_hundred_inputs_of_the_fuzzer(monkeypatch):
+    """Damaged shards and run directories: nothing but the errors that are documented, in bounds of time and memory."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fuzz.fuzz_shards(range(300), 1) == [] and fuzz.fuzz_runs(range(30), 1) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

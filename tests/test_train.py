@@ -509,8 +509,8 @@ def test_too_many_steps_that_are_not_finite(times, listed, index, fifth, train_c
     with pytest.raises(FloatingPointError, match=r"1 steps in a row \(--max-skipped\)") as caught:
         train.main(train_config(tmp_path / "run", **flags))
     episode = int(np.searchsorted(index.starts, fifth, "right")) - 1
-    found = re.findall(r"made, episode (\d+), step (\d+)", str(caught.value))
-    assert len(found) == listed and (str(episode), str(fifth - index.starts[episode])) in found
+    found = re.findall(r"tfrecord-\S+: step (\d+) of episode (\d+)", str(caught.value))
+    assert len(found) == listed and (str(fifth - index.starts[episode]), str(episode)) in found
     assert not common.checkpoints(tmp_path / "run")
 
 
