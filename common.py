@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -99,15 +100,11 @@ def distribute(module, ranks):
     return DistributedDataParallel(module)
 
 
-class Sigterm:
-    """Notes that SIGTERM came, from a scheduler that wants its machine back."""
-
-    def __init__(self):
-        self.came = False
-        signal.signal(signal.SIGTERM, self.note)
-
-    def note(self, number, frame):
-        self.came = True
+def note_sigterm():
+    """An event that is set once SIGTERM comes: a scheduler wants its machine back."""
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
+    return came
 
 
 def ignore_sigterm(worker):

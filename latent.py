@@ -1071,7 +1071,7 @@ def fit(model, samples, config, ranks, resuming=False):
     first = common.restore_training(config.out, model, optimizer) if resuming else 0
     batch_size, steps = config.global_batch_size, config.max_steps
     log, meter = common.Log(config.out, ranks.main, first, config.wandb_project, common.plain(config)), common.Meter()
-    sigterm, save = common.Sigterm(), functools.partial(common.save_training, config.out, model, optimizer)
+    sigterm, save = common.note_sigterm(), functools.partial(common.save_training, config.out, model, optimizer)
     rows = StepBatches(first, steps, batch_size, batch_size // ranks.world, ranks.rank, ranks.world)
     cuda = ranks.device.type == "cuda"
     workers = common.data_workers(config.num_workers, config.timeout)
@@ -1088,7 +1088,7 @@ def fit(model, samples, config, ranks, resuming=False):
         result["loss"].backward()
         result["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        result["stop"] = torch.tensor(float(sigterm.came), device=ranks.device)
+        result["stop"] = torch.tensor(float(sigterm.is_set()), device=ranks.device)
         entry = summary([result], model.num_codes) | {"lr": lr, "samples_per_s": meter.tick(batch_size)}
         stop = entry.pop("stop") > 0  # on any process
         log.write(step=step, **entry)

@@ -32,7 +32,6 @@ from tqdm import tqdm
 from common import (
     Log,
     Meter,
-    Sigterm,
     all_mean,
     all_sum,
     commit,
@@ -40,6 +39,7 @@ from common import (
     distribute,
     explained,
     learning_rate,
+    note_sigterm,
     parameter_groups,
     plain,
     prepare_run,
@@ -458,7 +458,7 @@ def main(config):
         f"{steps} steps of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
     )
 
-    meter, pending, skipped, sigterm, stopping = Meter(), [], 0, Sigterm(), False
+    meter, pending, skipped, sigterm, stopping = Meter(), [], 0, note_sigterm(), False
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
     for step in bar:
         lr = learning_rate(
@@ -491,7 +491,7 @@ def main(config):
             pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
         if validating or saving or done % LOG_EVERY == 0:
-            entries, stopping = write_log(log, pending, sigterm.came)
+            entries, stopping = write_log(log, pending, sigterm.is_set())
             shown = entries[-1]
             for entry in entries:
                 skipped = skipped + 1 if entry["skipped"] else 0
