@@ -46,6 +46,18 @@ def test_every_command_is_tested_here():
     assert sum("latent.py" in line for line in COMMANDS) == 5
 
 
+def test_what_can_go_wrong_is_tested():
+    """Each row of the table names tests that there are."""
+    text = (ROOT / "README.md").read_text()
+    _, table = re.split(r"\| what can go wrong .*\n.*\n", text)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    rows = re.match(r"(\|.*\|\n)+", table)[0].splitlines()
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row.split("|")[-2])
+        assert names and all(f"def test_{name}(" in tests for name in names), row
+
+
 def test_no_placeholder_is_left():
     """No figure of the README waits to be filled in, and every picture is there."""
     text = (ROOT / "README.md").read_text()
@@ -95,8 +107,10 @@ def test_policy_example(trained):
 
 
 def test_looking_at_data():
-    """`python data.py` tells what the embedded data holds."""
-    assert "60 episodes, 3741 steps" in run(printed("python data.py"))
+    """`python data.py` tells what the embedded data holds, and `--check` that nothing is wrong with it."""
+    assert "60 episodes, 3741 steps" in run(printed("python data.py data/libero_tiny"))
+    checked = run_here(printed("python data.py data/libero_tiny --check"))
+    assert "libero_tiny: nothing found in 60 episodes, 3741 steps, 7482 images" in checked
 
 
 def test_demonstrations_can_be_made_and_trained_on(demonstrations, tmp_path):
