@@ -38,7 +38,7 @@ except ImportError:
 
 CACHE = Path("~/.cache/latent-actions")  # where indices and labels live unless --cache says otherwise
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
-INDEX_FORMAT = 1  # raise when the cached files change their meaning
+INDEX_FORMAT = 2  # raise when the cached files change their meaning
 COPY_AGAIN = "Copy it again from where it came."
 RLDS_CODES = 16  # codebook size behind `latent_idx` in the RLDS release of the paper
 

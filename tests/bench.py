@@ -55,6 +55,7 @@ from model import (
     Spec,
     lora_layers,
     merge_lora,
+    norms,
     request_ids,
     tiny_config,
     tiny_tokenizer,
@@ -388,8 +389,8 @@ class Plain:
             self.whole.lm_head.weight = words
         else:
             self.whole.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(words), requires_grad=False)
-        for _, layer in lora_layers(qwen):
-            vars(layer).pop("forward", None)  # back to peft's own
+        for module in [layer for _, layer in lora_layers(qwen)] + norms(qwen):
+            vars(module).pop("forward", None)  # back to peft's own and transformers'
         with torch.no_grad():
             words[-vla.backbone.queries_count :] = vla.queries
 

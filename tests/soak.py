@@ -128,7 +128,7 @@ def disturb(run, config, steps):
 
 def main(config):
     """Trains undisturbed, then disturbed, and compares; returns the exit status."""
-    steps = max(200, int(10 * (60 * config.minutes - 12 * config.kills)))
+    steps = max(200, int(10 * (60 * config.minutes - 7 * config.kills)))
     with tempfile.TemporaryDirectory() as folder:
         quiet, run = Run(Path(folder) / "quiet", steps), Run(Path(folder) / "disturbed", steps)
         started = time.time()

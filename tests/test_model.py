@@ -645,6 +645,21 @@ def test_lora_is_trained_in_full_precision():
     assert {(p.requires_grad, p.dtype) for p in base.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_norm_is_transformers(dtype):
+    """Output and gradients: the same bits in f32, to rounding in bf16, of which autocast must not make f32."""
+    qwen = build("la_align").backbone.qwen
+    assert len(model.norms(qwen)) == 4 * 4 + 1  # two of each layer, two of its heads, the last
+    norm, x = model.norms(qwen)[-1].to(dtype), torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
+    torch.nn.init.normal_(norm.weight)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, theirs = norm(x), type(norm).forward(norm, x)
+    assert ours.dtype == dtype
+    pairs = [(ours, theirs), *zip(*(torch.autograd.grad(y.square().sum(), (x, norm.weight)) for y in (ours, theirs)))]
+    close = torch.equal if dtype == torch.float32 else lambda a, b: torch.allclose(a, b, rtol=0.05, atol=0.1)
+    assert all(close(a, b) for a, b in pairs)
+
+
 def test_low_rank_update_is_pefts():
     """Output and gradients of the fused product equal those of peft's own forward, with a bias and without."""
     torch.manual_seed(0)
