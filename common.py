@@ -47,8 +47,8 @@ def start_ranks(timeout=600):
 
     On a CPU one thread is used unless OMP_NUM_THREADS says otherwise. timeout: seconds that a process waits for others.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who restarts a killed torchrun must not meet us
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # who starts a killed torchrun again must not meet us
     rank, local, world = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -58,13 +58,23 @@ def start_ranks(timeout=600):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16, as the action head
     if world > 1:
         wait, alone = timedelta(seconds=timeout), os.environ.get("GROUP_WORLD_SIZE") == "1"
         store, *_ = next(dist.rendezvous("env://", timeout=wait))
         if alone:  # or, after a restart, torchrun's store tells where the killed ranks listened
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
+        counts = [None] * world  # of restarts: each node's torchrun counts those that it began
+        dist.all_gather_object(counts, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(max(counts))
     return Ranks(rank, world, device)
+
+
+def die_with_parent():
+    """Lets the kernel kill this process when the one that started it ends; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def stop_ranks():
@@ -91,6 +101,14 @@ def broadcast(tensor):
     return tensor
 
 
+def agreed(value):
+    """The first process's value, whatever it is."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def distribute(module, ranks):
     """`module` as it is trained on all processes. Its buffers are the same on all and are not sent around."""
     if ranks.world == 1:
@@ -107,14 +125,15 @@ def note_sigterm():
     return came
 
 
-def ignore_sigterm(worker):
-    """For data workers: a scheduler signals every process, and the last batches before the save need them."""
+def begin_worker(number):
+    """A data worker ignores SIGTERM, which schedulers send to all: the last batches before the save need it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()
 
 
 def data_workers(count, timeout):
     """DataLoader's arguments about its `count` processes."""
-    return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": ignore_sigterm}
+    return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": begin_worker}
 
 
 def explained(train):
@@ -252,6 +271,17 @@ def write_text(path, text):
         temporary.write_text(text)
 
 
+def read_json(path):
+    """The object in a JSON file. Raises ValueError naming the file when there is none."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}. Put the right file back.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {found!r:.80}, not an object. Put the right file back.")
+    return found
+
+
 def write_json(path, content):
     """`write_text` of JSON."""
     write_text(path, json.dumps(content, indent=1) + "\n")
@@ -384,7 +414,7 @@ def restore_training(run, module, optimizer):
     and optimizer back. Raises ValueError when all are damaged."""
     main = not dist.is_initialized() or dist.get_rank() == 0
     step, tensors = newest(checkpoints(run)) if main else (0, None)
-    step = broadcast(torch.tensor(step, device=next(module.parameters()).device)).item()
+    step = agreed(step)
     path = Path(run) / f"training-{step}.safetensors"
     tensors = tensors if main else load_tensors(path)[0]
     moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
@@ -405,7 +435,7 @@ def prepare_run(run, resume, main, description, key, free):
     if resume and main:
         for unfinished in run.glob("*.tmp"):
             unfinished.unlink()
-    if resume and checkpoints(run):
+    if resume and agreed(len(checkpoints(run))):
         before = json.loads((run / "config.json").read_text())
         changed = {
             k: (before[key].get(k), v)
@@ -481,7 +511,7 @@ def _is_before(line, step):
     """Whether a line of a log is whole and of a step before `step`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] < step
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return False
 
 

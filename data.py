@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, JpegImagePlugin
-from safetensors import SafetensorError, safe_open
+
+from common import load_tensors, read_json
 
 try:
     import simplejpeg  # optional: the same pixels, decoded faster
@@ -182,7 +183,7 @@ def read_features(directory):
             shape = tuple(int(n) for n in node[kind].get("shape", {}).get("dimensions", []))
             found[name] = (kind, node[kind].get("dtype", "float32"), shape)
 
-    walk(json.loads((directory / "features.json").read_text()), "")
+    walk(read_json(directory / "features.json"), "")
     short = [name.rsplit("/", 1)[-1] for name in found if name.startswith("steps/")]
     if len(set(short)) < len(short):
         raise ValueError(f"{directory}: two features of a step share a name: {sorted(short)}")
@@ -194,7 +195,7 @@ def shard_paths(directory, tell=stop):
 
     Raises if there is none; tells of missing ones.
     """
-    info = json.loads((directory / "dataset_info.json").read_text())
+    info = read_json(directory / "dataset_info.json")
     split = next((s for s in info["splits"] if s["name"] == "train"), None)
     if split is None:
         raise ValueError(f"{directory}: no split called 'train', only {[s['name'] for s in info['splits']]}")
@@ -281,10 +282,13 @@ def open_index(path, cache=CACHE, tell=None):
     tell: called with each fault instead of raising it; then every shard is read and nothing is written.
     """
     directory = version_dir(path)
-    shards = shard_paths(directory, tell or stop)
+    try:
+        shards, features = shard_paths(directory, tell or stop), read_features(directory)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory}: damaged features.json or dataset_info.json: {error!r}. {COPY_AGAIN}") from error
     versioned = re.fullmatch(r"\d+\.\d+\.\d+", directory.name)
     name = (directory.parent if versioned else directory).resolve().name  # the metadata's own can be odd: liber_o10
-    stored, features = (directory / "features.json").read_bytes(), read_features(directory)
+    stored = (directory / "features.json").read_bytes()
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
     key = hashlib.sha256(stored + json.dumps([INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
     folder = Path(cache).expanduser() / f"{name}-{key}"
@@ -550,10 +554,10 @@ def load_labels(index, path, delta=0):
     path = Path(path)
     if path.exists():
         try:
-            with safe_open(path, "numpy") as file:
-                info, codes, vectors = file.metadata(), file.get_tensor("codes"), file.get_tensor("vectors")
+            tensors, info = load_tensors(path)
+            codes, vectors = tensors["codes"].numpy(), tensors["vectors"].numpy()
             labels = Labels(codes, vectors, int(info["delta"]), int(info["num_codes"]), False, info["lam"])
-        except (SafetensorError, TypeError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path} holds no labels: {error}. Make them again: python latent.py label") from error
         if info["data"] != index.fingerprint:
             raise ValueError(

@@ -1100,11 +1100,13 @@ def fit(model, samples, config, ranks, resuming=False):
         if ranks.main and (stop or (step + 1) % config.save_every == 0 and step + 1 < steps):
             save(step + 1, model_tensors(model), log, config.keep, stop)
         if stop:
-            return False
-    if ranks.main:
-        save(steps, model_tensors(model), log, config.keep, True)
+            break
+    else:
+        stop = False
+        if ranks.main:
+            save(steps, model_tensors(model), log, config.keep, True)
     log.close()
-    return True
+    return not stop
 
 
 @torch.no_grad()

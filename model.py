@@ -16,7 +16,6 @@ Q placeholders, K codes, d width of a latent action, M head blocks.
 
 import functools
 import hashlib
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextRMSNorm
 
-from common import autocast, load_tensors, load_trainable
+from common import autocast, load_tensors, load_trainable, read_json
 from data import normalise, prepare_images, statistics_hash, unnormalise
 
 MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
@@ -666,17 +665,6 @@ def check_gpu(name, capability):
         )
 
 
-def _read_json(path):
-    """The object in a JSON file; ValueError naming the file when there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}. Put the run's own file back.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {found!r:.80}, not an object. Put the run's own file back.")
-    return found
-
-
 def _check_sizes(spec, values):
     """Raises ValueError for a spec of which something is of another type, or needs more than `values` weights: before
     anything of such a size is built. Prompts have a longest length of their own."""
@@ -702,7 +690,7 @@ def load_vla(run, text_length=0):
     for name in ("config.json", "model.safetensors"):
         if not (run / name).exists():
             raise FileNotFoundError(f"{run} has no {name}: it is not a run that train.py saved")
-    config, weights = _read_json(run / "config.json"), run / "model.safetensors"
+    config, weights = read_json(run / "config.json"), run / "model.safetensors"
     try:
         tensors, _ = load_tensors(weights)
         spec = Spec(**config["model"] | ({"text_length": text_length} if text_length else {}))
@@ -723,7 +711,7 @@ def load_vla(run, text_length=0):
 class Policy:
     """policy(images, instructions, proprio) -> actions in physical units, from a run directory.
 
-    On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size: call it with few.
+    On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size, at most eight of them.
     """
 
     def __init__(self, run, data="", device=""):
@@ -734,7 +722,7 @@ class Policy:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.run = run
         self._load()
-        every = _read_json(Path(run) / "dataset_statistics.json")
+        every = read_json(Path(run) / "dataset_statistics.json")
         name = data or (next(iter(every)) if len(every) == 1 else "")
         if name not in every:
             raise ValueError(f"{run} has statistics of {list(every)}, not of '{name}'; choose one of them")

@@ -72,7 +72,7 @@ from model import VARIANTS, VLA, Spec, base_hash, check_gpu, request_ids, text_t
 FREE_TO_CHANGE = {"resume", "out", "data", "labels", "tokenizer", "cache", "num_workers", "save_every", "val_every"}
 FREE_TO_CHANGE |= {"wandb_project", "per_device_batch_size", "gradient_checkpointing", "compile"}
 FREE_TO_CHANGE |= {"keep", "max_skipped", "timeout"}
-LOG_EVERY = 10  # steps between writes of the log: losses, and SIGTERM, stay with each process until then
+LOG_EVERY = 10  # steps, but at most 5 s, between writes of the log: losses, and SIGTERM, stay with each process so long
 
 
 @dataclass
@@ -380,17 +380,18 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
 def write_log(log, pending, stop):
     """Averages the waiting steps' losses over all processes in one go and writes one line per step.
 
-    Returns the lines, and whether any process says `stop`.
+    Returns the lines, whether any process says `stop`, and the samples/s that all agree on.
     """
     names = list(pending[0]["totals"])
     values = torch.stack([torch.stack([entry["totals"][name].float() for name in names]) for entry in pending])
-    rows = all_mean(nn.functional.pad(values, (0, 1), value=float(stop))).tolist()  # [steps, losses + 1]
+    own = values.new_tensor([float(stop), pending[-1]["samples_per_s"]]).expand(len(pending), 2)
+    rows = all_mean(torch.cat([values, own], 1)).tolist()  # [steps, losses + 2]
     entries = [entry | dict(zip(names, row)) for entry, row in zip(pending, rows)]
     for entry in entries:
         del entry["totals"]
         log.write(**entry)
     pending.clear()
-    return entries, rows[-1][-1] > 0
+    return entries, rows[-1][-2] > 0, rows[-1][-1]
 
 
 def setup(config, ranks):
@@ -434,8 +435,6 @@ def main(config):
     dataset, held_out, vla, tokenizer, run, resuming, description = setup(config, ranks)
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
     first = restore_training(run, vla, optimizer) if resuming else 0
-    if ranks.main and first:  # killed between the last save's two files?
-        save_tensors(run / "model.safetensors", trainable_tensors(vla), step=first)
     vla.backbone.checkpointing = config.gradient_checkpointing
     if config.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph, also under checkpointing; LoRA's gradients are small
@@ -446,6 +445,8 @@ def main(config):
     steps = config.max_steps
     if config.epochs > 0:
         steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
+    if ranks.main and first == steps:  # killed between the two files of the last save
+        save_tensors(run / "model.safetensors", trainable_tensors(vla), step=first)
     sampler = StepBatches(first, steps, config.global_batch_size, micro, ranks.rank, ranks.world)
     cuda = ranks.device.type == "cuda"
     workers = data_workers(config.num_workers, config.timeout)
@@ -458,7 +459,7 @@ def main(config):
         f"{steps} steps of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
     )
 
-    meter, pending, skipped, sigterm, stopping = Meter(), [], 0, note_sigterm(), False
+    meter, pending, log_every, skipped, sigterm, stopping = Meter(), [], 1, 0, note_sigterm(), False
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
     for step in bar:
         lr = learning_rate(
@@ -490,8 +491,9 @@ def main(config):
         if validating:
             pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
-        if validating or saving or done % LOG_EVERY == 0:
-            entries, stopping = write_log(log, pending, sigterm.is_set())
+        if validating or saving or len(pending) >= log_every:
+            entries, stopping, rate = write_log(log, pending, sigterm.is_set())
+            log_every = max(1, min(LOG_EVERY, int(5 * rate / config.global_batch_size)))
             shown = entries[-1]
             for entry in entries:
                 skipped = skipped + 1 if entry["skipped"] else 0

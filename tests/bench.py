@@ -339,6 +339,7 @@ def random_batch(vla, size, draws=True, seed=1):
 def compute_in(config):
     """Lets the project compute in `--precision` on a GPU too, where it would choose bf16 itself."""
     half = config.precision == "bf16"
+    torch.set_float32_matmul_precision("high" if half else "highest")
     model.autocast = lambda device, _=False: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
@@ -543,9 +544,9 @@ def train_step(losses, vla, optimizer, lap=lambda name: None):
     """train.py's step on one micro-batch; losses: function () -> what VLA.forward returns."""
     loss = losses()["loss"]
     lap("forward")
-    loss.backward()
+    (loss * (1 + 0 * loss.detach())).backward()
     lap("backward")
-    torch.nn.utils.clip_grad_norm_(vla.parameters(), 1.0)
+    optimizer.found_inf = (~torch.nn.utils.clip_grad_norm_(vla.parameters(), 1.0).isfinite()).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     lap("optimizer")

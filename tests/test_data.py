@@ -147,6 +147,19 @@ def test_record_that_does_not_fit_its_features_is_named(rlds, tmp_path):
         data.open_index(folder, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ("features.json", "dataset_info.json"))
+def test_damaged_metadata_is_named(name, rlds, tmp_path):
+    """Cut, or JSON of something else: the file or its folder, and what to do."""
+    folder = copied(rlds, tmp_path)
+    (path,) = folder.glob(f"*/{name}")
+    content = path.read_text()
+    damaged = f"{path.parent}: damaged features.json or dataset_info.json: .* Copy it again"
+    for wrong, message in ((content[:-5], f"{path} is no JSON"), ("[]", f"{path} holds .*no.* object"), ("{}", damaged)):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            data.open_index(folder, tmp_path)
+
+
 def test_missing_and_empty_folders_are_explained(rlds, tmp_path):
     """No folder, an empty one, one without a shard that its metadata names."""
     with pytest.raises(FileNotFoundError, match="no such data directory: .*nowhere"):
