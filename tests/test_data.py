@@ -154,7 +154,7 @@ def test_damaged_metadata_is_named(name, rlds, tmp_path):
     (path,) = folder.glob(f"*/{name}")
     content = path.read_text()
     damaged = f"{path.parent}: damaged features.json or dataset_info.json: .* Copy it again"
-    for wrong, message in ((content[:-5], f"{path} is no JSON"), ("[]", f"{path} holds .*no.* object"), ("{}", damaged)):
+    for wrong, message in ((content[:-5], f"{path} is no JSON"), ("[]", f"{path} holds .*no"), ("{}", damaged)):
         path.write_text(wrong)
         with pytest.raises(ValueError, match=message):
             data.open_index(folder, tmp_path)
