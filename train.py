@@ -354,6 +354,24 @@ def offenders(config, dataset, vla, tokenizer, step):
         return dataset.names([row for row in rows if not alone(row).isfinite()] or rows)
 
 
+def count_skipped(entries, skipped, config, dataset, vla, tokenizer):
+    """How many steps in a row were skipped, `skipped` before these lines of the log.
+
+    Raises FloatingPointError with the samples of the last one when they are `max_skipped`.
+    """
+    for entry in entries:
+        skipped = skipped + 1 if entry["skipped"] else 0
+        if skipped:
+            print0(f"WARNING: step {entry['step']} skipped: its loss or gradient is not finite")
+        if skipped == config.max_skipped:
+            found = offenders(config, dataset, vla, tokenizer, entry["step"])
+            raise FloatingPointError(
+                f"loss or gradient not finite in {skipped} steps in a row (--max-skipped). Look at step "
+                f"{entry['step']}: {found}. If nothing is wrong there, lower --learning-rate."
+            )
+    return skipped
+
+
 @torch.no_grad()
 def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     """Mean absolute error of the normalised actions on an even choice of held-out steps, over all processes.
@@ -495,16 +513,7 @@ def main(config):
             entries, stopping, rate = write_log(log, pending, sigterm.is_set())
             log_every = max(1, min(LOG_EVERY, int(5 * rate / config.global_batch_size)))
             shown = entries[-1]
-            for entry in entries:
-                skipped = skipped + 1 if entry["skipped"] else 0
-                if skipped:
-                    print0(f"WARNING: step {entry['step']} skipped: its loss or gradient is not finite")
-                if skipped == config.max_skipped:
-                    found = offenders(config, dataset, vla, tokenizer, entry["step"])
-                    raise FloatingPointError(
-                        f"loss or gradient not finite in {skipped} steps in a row (--max-skipped). Look at step "
-                        f"{entry['step']}: {found}. If nothing is wrong there, lower --learning-rate."
-                    )
+            skipped = count_skipped(entries, skipped, config, dataset, vla, tokenizer)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
         if ranks.main and (saving or stopping):
             last = stopping or done == steps
