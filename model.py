@@ -407,7 +407,7 @@ def norms(qwen):
 def _rms_norm(module, x):
     """What transformers' own forward gives, as one kernel on a GPU instead of six: the same bits in f32."""
     with torch.autocast(x.device.type, enabled=False):  # which would copy x to f32
-        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon).to(x.dtype)
+        return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
 
 
 def load_base(spec):
