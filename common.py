@@ -1,9 +1,8 @@
-"""What every script shares: processes, learning rate, optimizer groups, logs, checkpoints.
+"""What every script shares: processes, devices, learning rate, optimizer groups, the log.
 
 Runs unchanged as `python script.py` (one process) and under `torchrun` (any number of processes and nodes).
 """
 
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -17,21 +16,21 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and devices
 
 
 @dataclass
 class Ranks:
-    """This process among all: rank of world, and its device."""
+    """This process among all: its rank, their number, its device."""
 
     rank: int
     world: int
@@ -39,19 +38,21 @@ class Ranks:
 
     @property
     def main(self):
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
 
-def start_ranks(timeout=600):
-    """Joins the process group when torchrun started us; otherwise one process. Uses a GPU when there is one.
+def init_distributed(timeout=600):
+    """Join the process group if torchrun started this process, and choose its device; return `Ranks`.
 
-    On a CPU one thread is used unless OMP_NUM_THREADS says otherwise. timeout: seconds that a process waits for others.
+    The device is a GPU when there is one. On a CPU one thread is used unless OMP_NUM_THREADS says otherwise.
+    timeout: seconds that a process waits for the others.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # who starts a killed torchrun again must not meet us
-    rank, local, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+        die_with_parent()  # or processes of a killed torchrun would meet those of the next one
+    rank = int(os.environ.get("RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # tiny models gain little from more, and lose much when a core is busy
@@ -60,51 +61,64 @@ def start_ranks(timeout=600):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16, as the action head
     if world > 1:
-        wait, alone = timedelta(seconds=timeout), os.environ.get("GROUP_WORLD_SIZE") == "1"
-        store, *_ = next(dist.rendezvous("env://", timeout=wait))
-        if alone:  # or, after a restart, torchrun's store tells where the killed ranks listened
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
-        counts = [None] * world  # of restarts: each node's torchrun counts those that it began
-        dist.all_gather_object(counts, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(max(counts))
+        _join_group("nccl" if cuda else "gloo", rank, world, timedelta(seconds=timeout))
     return Ranks(rank, world, device)
 
 
+def _join_group(backend, rank, world, timeout):
+    """Create the process group, and let all nodes agree how often torchrun has restarted them."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else torchrun's store tells where the killed ranks listened
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    counts = [None] * world  # each node's torchrun counts the restarts that it began
+    dist.all_gather_object(counts, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(max(counts))
+
+
+def shutdown_distributed():
+    """Leave the process group. Call it when everything sent has arrived."""
+    if dist.is_initialized():
+        time.sleep(0.5)  # gloo's threads take the GIL to release the last tensors; destroying them first would hang
+        dist.destroy_process_group()
+
+
 def die_with_parent():
-    """Lets the kernel kill this process when the one that started it ends; on Linux alone."""
+    """Let the kernel kill this process when the one that started it ends; on Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def stop_ranks():
-    """Leaves the process group. Call it when everything sent has arrived."""
-    if dist.is_initialized():
-        time.sleep(0.5)  # gloo's threads take the GIL to let go of the last tensors; destroying them first would hang
-        dist.destroy_process_group()
+def check_bf16_support(name, capability):
+    """Raise ValueError for a GPU without bf16, given its name and compute capability (major, minor)."""
+    if tuple(capability) < (8, 0):
+        raise ValueError(
+            f"the GPU {name} has compute capability {capability[0]}.{capability[1]}, and bf16 needs 8.0 (Ampere); "
+            "use a newer one, or the CPU with CUDA_VISIBLE_DEVICES="
+        )
 
 
 def all_sum(tensor):
-    """Sum of `tensor` over all processes, in place; the tensor itself with one process."""
+    """Add up `tensor` over all processes, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_mean(tensor):
-    """Mean of `tensor` over all processes; with one process the tensor's own values."""
+    """Return the mean of `tensor` over all processes."""
     return all_sum(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def broadcast(tensor):
-    """The first process's `tensor`, in place."""
+    """Overwrite `tensor` with the first process's, and return it."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
     return tensor
 
 
-def agreed(value):
-    """The first process's value, whatever it is."""
+def broadcast_object(value):
+    """Return the first process's value, of any type that pickles."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -112,7 +126,7 @@ def agreed(value):
 
 
 def distribute(module, ranks):
-    """`module` as it is trained on all processes. Its buffers are the same on all and are not sent around."""
+    """Wrap `module` in DDP when there are several processes. Its buffers are alike on all and are not sent."""
     if ranks.world == 1:
         return module
     names = [name for name, _ in module.named_buffers()]
@@ -120,26 +134,68 @@ def distribute(module, ranks):
     return DistributedDataParallel(module)
 
 
-def note_sigterm():
-    """An event that is set once SIGTERM comes: a scheduler wants its machine back."""
-    came = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: came.set())
-    return came
+def to_device(batch, device):
+    """Move the tensors of a batch (a dict, list or tensor) to `device`; strings stay."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(value, device) for value in batch]
+    return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
 
 
-def begin_worker(number):
-    """A data worker ignores SIGTERM, which schedulers send to all: the last batches before the save need it."""
+def autocast(device, half=False):
+    """Return the context in which large matrices multiply: bf16 on a GPU, or with `half` on any device, else f32.
+
+    What is trained, losses and codebooks stay in f32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda")
+
+
+def print0(*values, **options):
+    """Print, on the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*values, **options, flush=True)
+
+
+def git_commit():
+    """Return the git commit of this code, with '+' when files differ from it; 'unknown' without git or a checkout."""
+    if not shutil.which("git"):
+        return "unknown"
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if head.returncode:
+        return "unknown"
+    modified = _git("status", "--porcelain", "--untracked-files=no").stdout
+    return head.stdout.strip() + ("+" if modified else "")
+
+
+def _git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data workers and signals
+
+
+def catch_sigterm():
+    """Return an event that is set once SIGTERM comes, as from a scheduler that wants its machine back."""
+    received = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: received.set())
+    return received
+
+
+def init_worker(number):
+    """Let a data worker ignore SIGTERM, which schedulers send to all: the last updates before the save need batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent()
 
 
-def data_workers(count, timeout):
-    """DataLoader's arguments about its `count` processes."""
-    return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": begin_worker}
+def worker_options(count, timeout):
+    """Return DataLoader's arguments about its `count` processes; timeout in seconds."""
+    return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": init_worker}
 
 
-def explained(train):
-    """Decorates train(config, ...): says what to do when a data worker or another process dies or hangs."""
+def report_worker_failures(train):
+    """Decorate train(config, ...) so that its error says what to do when a data worker or a process dies or hangs."""
 
     @functools.wraps(train)
     def run(config, *rest):
@@ -151,8 +207,9 @@ def explained(train):
                 worker.kill()  # one that hangs, or ignores SIGTERM, would keep this process from ending
             if "DataLoader" in str(error) or "Timed out waiting" in str(error):
                 raise RuntimeError(
-                    f"{error}\nA data worker (--num-workers is {config.num_workers}) or another process died, short of "
-                    f"memory perhaps, or hangs (--timeout is {config.timeout} s). Go on from the last save: --resume."
+                    f"{error}\nA data worker (--num-workers is {config.num_workers}) or another process died, perhaps "
+                    f"for lack of memory, or hangs (--timeout is {config.timeout} s). Continue from the last save: "
+                    "--resume."
                 ) from error
             raise
         finally:
@@ -161,46 +218,14 @@ def explained(train):
     return run
 
 
-def to_device(batch, device):
-    """Moves a batch's tensors; lists of tensors too. Words stay."""
-    if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, list):
-        return [to_device(value, device) for value in batch]
-    return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
-
-
-def autocast(device, half=False):
-    """The precision of everything large: bf16 on a GPU, or with `half` anywhere, else f32. What is trained, losses and
-    codebooks stay f32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda")
-
-
-def print0(*words, **options):
-    """print, on the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, **options, flush=True)
-
-
-def commit():
-    """The git commit of this code, with '+' when files differ from it; 'unknown' without git or outside a checkout."""
-    if not shutil.which("git"):
-        return "unknown"
-    run = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)  # noqa: E731
-    head = run("rev-parse", "--short=12", "HEAD")
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("+" if run("status", "--porcelain", "--untracked-files=no").stdout else "")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimisation
 
 
 def learning_rate(step, steps, peak, schedule, warmup_ratio=0.0, decay_every=10_000):
-    """Learning rate of `step` (from 0) out of `steps`: linear warm-up, then
+    """Return the learning rate of update `step` (from 0) out of `steps`: linear warm-up, then
 
-    constant: peak; step: halved every `decay_every` steps (the paper's); cosine: down to 1 % of the peak.
+    constant: peak; step: halved every `decay_every` updates (the paper's); cosine: down to 1 % of the peak.
     """
     warmup = round(warmup_ratio * steps)
     if step < warmup:
@@ -216,265 +241,36 @@ def learning_rate(step, steps, peak, schedule, warmup_ratio=0.0, decay_every=10_
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW groups over the trainable parameters: matrices decay; vectors, queries and codebooks do not."""
-    decayed, plain = [], []
+    """Return AdamW's groups of the trainable parameters: matrices decay; vectors, queries and codebooks do not."""
+    decayed = []
+    undecayed = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            free = parameter.ndim < 2 or "queries" in name or "codebook" in name
-            (plain if free else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            exempt = parameter.ndim < 2 or "queries" in name or "codebook" in name
+            (undecayed if exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runs on disk
-
-
-def new_directory(path):
-    """Creates the folder of a run. Raises FileExistsError if something is there already: no run is ever overwritten."""
-    path = Path(path)
-    if path.exists() and any(path.iterdir()):
-        raise FileExistsError(
-            f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def plain(config):
-    """A config dataclass as plain JSON values (paths become strings)."""
-    return json.loads(json.dumps(asdict(config), default=str))
-
-
-def fsync(path):
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name to write to. What was written becomes `path` once it is on the disk; after an error it goes."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(temporary.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """A reader, also after a crash, sees the old file or the new one."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError naming the file when there is none."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}. Put the right file back.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {found!r:.80}, not an object. Put the right file back.")
-    return found
-
-
-def write_json(path, content):
-    """`write_text` of JSON."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def checksum(tensors, info):
-    """CRC-32 over metadata and the names, dtypes, shapes and bytes of contiguous tensors on the CPU, as hex digits."""
-    lines = [*sorted(info.items())]
-    for name, tensor in sorted(tensors.items()):
-        lines += [name, tensor.dtype, *tensor.shape, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())]
-    return f"{zlib.crc32(repr(lines).encode()):08x}"
-
-
-def save_tensors(path, tensors, **info):
-    """safetensors, written like `write_text`. `info` becomes the file's metadata, as strings, beside a checksum.
-
-    Raises OSError when it cannot be written; what was there before stays.
-    """
-    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    info = {k: str(v) for k, v in info.items()}
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, info | {"checksum": checksum(tensors, info)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
-
-
-def load_tensors(path):
-    """(tensors, metadata) of a safetensors file. Raises ValueError when it is damaged, if it has a checksum."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors, info = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    stored = info.pop("checksum", None)
-    if stored and stored != (found := checksum(tensors, info)):
-        raise ValueError(f"{path} is damaged: its checksum is {found}, but {stored} when it was written")
-    return tensors, info
-
-
-def trainable_tensors(module):
-    """{name: tensor} of what training changes: trainable parameters and persistent buffers."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
-
-
-def load_trainable(module, tensors, source):
-    """Puts back what `trainable_tensors` returned; raises as `load_tensors_into`."""
-    load_tensors_into(module, trainable_tensors(module), tensors, source)
-
-
-def load_tensors_into(module, expected, tensors, source):
-    """Loads `tensors` into `module`, which must be those of `expected` (a part of its state) by name and shape.
-
-    Raises ValueError listing what is missing, unknown or of another shape.
-    """
-    wrong = [f"missing {n}" for n in expected.keys() - tensors.keys()] + [
-        f"unknown {n}" for n in tensors.keys() - expected.keys()
-    ]
-    wrong += [
-        f"{n} is {tuple(tensors[n].shape)}, the model's is {tuple(expected[n].shape)}"
-        for n in expected.keys() & tensors.keys()
-        if tensors[n].shape != expected[n].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{source} does not fit this model: "
-            + "; ".join(sorted(wrong)[:8])
-            + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        )
-    module.load_state_dict(tensors, strict=False)
-
-
-def optimizer_tensors(optimizer):
-    """{"<number>.<name>": tensor}: AdamW's moments and step counts, flat, so that safetensors holds them."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{number}.{name}": tensor for number, entry in state.items() for name, tensor in entry.items()}
-
-
-def load_optimizer(optimizer, tensors):
-    """Puts back what `optimizer_tensors` returned."""
-    state = {}
-    for key, tensor in tensors.items():
-        _, number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def checkpoints(run):
-    """{step: file} of what `save_training` wrote, the newest first."""
-    found = {path.stem.removeprefix("training-"): path for path in Path(run).glob("training-*.safetensors")}
-    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)}
-
-
-def save_training(run, module, optimizer, step, weights, log, keep, last):
-    """training-<step>.safetensors: all that continuing after `step` steps needs, the `keep` newest of which stay; and
-    `weights` as model.safetensors.
-
-    A write that fails leaves what there was, and a warning; after the `last` step: raises OSError.
-    """
-    try:
-        log.sync()  # or a crash could leave a save that is ahead of its log
-        tensors = trainable_tensors(module) | optimizer_tensors(optimizer)
-        save_tensors(Path(run) / f"training-{step}.safetensors", tensors, step=step)
-        save_tensors(Path(run) / "model.safetensors", weights, step=step)
-        found = checkpoints(run)
-        for old in found.keys() - [s for s in found if s <= step][:keep]:  # later ones were found damaged
-            found[old].unlink()
-    except OSError as error:
-        good = next(iter(checkpoints(run).values()), "none")
-        message = f"step {step} could not be saved: {error}. The last good save: {good}. Make room on the disk"
-        if last:
-            raise OSError(f"{message}, then go on with --resume.") from error
-        print(f"WARNING: {message}; training goes on.", file=sys.stderr, flush=True)
-
-
-def newest(saves):
-    """(step, tensors) of the newest of `checkpoints` that is not damaged. Raises ValueError when all are."""
-    for step, path in saves.items():
-        try:
-            return step, load_tensors(path)[0]
-        except ValueError as error:
-            print(f"WARNING: {error}. Trying the save before it.", file=sys.stderr, flush=True)
-    raise ValueError(f"every save is damaged: {', '.join(map(str, saves.values()))}. Train again, with another --out.")
-
-
-def restore_training(run, module, optimizer):
-    """The number of steps done by the newest save of `run` that is whole, as the first process finds; puts its weights
-    and optimizer back. Raises ValueError when all are damaged."""
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    step, tensors = newest(checkpoints(run)) if main else (0, None)
-    step = agreed(step)
-    path = Path(run) / f"training-{step}.safetensors"
-    tensors = tensors if main else load_tensors(path)[0]
-    moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
-    load_trainable(module, tensors, path)
-    load_optimizer(optimizer, moments)
-    return step
-
-
-def prepare_run(run, resume, main, description, key, free):
-    """Creates the folder of a run with its config.json, or checks that a run to be resumed had the same settings.
-
-    description: what config.json is to hold: the settings under `key`, of which `free` may differ, and lists "data" and
-    "targets" of entries with a fingerprint. resume: also set when torchrun has restarted us. Returns whether there is
-    something to resume. Raises ValueError naming what differs.
-    """
-    run = Path(run)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if resume and main:
-        for unfinished in run.glob("*.tmp"):
-            unfinished.unlink()
-    if resume and agreed(len(checkpoints(run))):
-        before = json.loads((run / "config.json").read_text())
-        changed = {
-            k: (before[key].get(k), v)
-            for k, v in description[key].items()
-            if before[key].get(k) != v and k not in free
-        }
-        for name in ("data", "targets"):
-            ours, theirs = ([entry["fingerprint"] for entry in d[name]] for d in (description, before))
-            changed |= {} if ours == theirs else {f"contents of the {name}": (theirs, ours)}
-        if changed:
-            raise ValueError(
-                f"{run} was trained with other settings: "
-                + ", ".join(f"{k} {a} (now {b})" for k, (a, b) in changed.items())
-            )
-        return True
-    if main:
-        config = run / "config.json"
-        unfinished = resume and config.exists() and not (run / "model.safetensors").exists()
-        ours = unfinished and key in json.loads(config.read_text())
-        run.mkdir(exist_ok=True) if ours else new_directory(run)
-        write_json(config, description)
-    return False
+# The log of a run
 
 
 class Log:
     """One JSON object per line in `<folder>/log.jsonl`, and wandb on request. Does nothing on ranks but the first.
 
-    `first_step`: entries of this step and later ones are cut off (they are trained again after a resume).
+    `first_step`: entries of this step and later ones are removed (they are trained again after a resume).
     """
 
     def __init__(self, folder, main=True, first_step=0, wandb_project="", config=None):
-        self.file = self.wandb = None
+        self.file = None
+        self.wandb = None
+        self.waiting = b""  # lines that a full disk did not take yet
         if not main:
             return
-        self.waiting, self.file = b"", open(Path(folder) / "log.jsonl", "a+b", buffering=0)
+        self.file = open(Path(folder) / "log.jsonl", "a+b", buffering=0)
         self.file.seek(0)
-        kept = itertools.takewhile(lambda line: _is_before(line, first_step), self.file.read().splitlines(True))
+        lines = self.file.read().splitlines(keepends=True)
+        kept = itertools.takewhile(lambda line: _is_whole_entry_before(line, first_step), lines)
         self.file.truncate(sum(map(len, kept)))
         if wandb_project:
             import wandb  # slow to import, and most runs do without
@@ -482,6 +278,7 @@ class Log:
             self.wandb = wandb.init(project=wandb_project, name=Path(folder).name, config=config)
 
     def write(self, **entry):
+        """Append one line. A full disk is a warning; the line then waits in memory."""
         if self.file:
             self.waiting += (json.dumps(entry) + "\n").encode()
             try:
@@ -492,16 +289,17 @@ class Log:
             self.wandb.log(entry, step=entry["step"])
 
     def flush(self):
-        """Raises OSError when the disk is full; what could not be written waits."""
+        """Write what waits. Raise OSError when the disk is full."""
         while self.waiting:
             self.waiting = self.waiting[self.file.write(self.waiting) :]
 
     def sync(self):
-        """Waits until every line is on the disk. Raises as `flush`."""
+        """Wait until every line is on the disk. Raise OSError when the disk is full."""
         self.flush()
         os.fsync(self.file.fileno())
 
     def close(self):
+        """Write what waits and close file and wandb run."""
         if self.file:
             self.flush()
             self.file.close()
@@ -509,8 +307,8 @@ class Log:
             self.wandb.finish()
 
 
-def _is_before(line, step):
-    """Whether a line of a log is whole and of a step before `step`."""
+def _is_whole_entry_before(line, step):
+    """Return whether a line of a log is complete and of a step before `step`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] < step
     except (ValueError, TypeError, KeyError):
@@ -518,12 +316,13 @@ def _is_before(line, step):
 
 
 class Meter:
-    """samples/s over the last `window` steps."""
+    """Training speed in samples/s over the last `window` updates."""
 
     def __init__(self, window=50):
-        self.window, self.times = window, [time.perf_counter()]
+        self.window = window
+        self.times = [time.perf_counter()]
 
     def tick(self, samples):
-        """Call once per step of `samples` samples; returns samples/s."""
+        """Note that an update of `samples` samples is done; return samples/s."""
         self.times = [*self.times, time.perf_counter()][-self.window - 1 :]
         return samples * (len(self.times) - 1) / (self.times[-1] - self.times[0])

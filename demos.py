@@ -1,13 +1,15 @@
-"""
-Demonstrations: a scripted expert in LIBERO and a writer of RLDS data sets.
+"""Record demonstrations in LIBERO with a scripted expert and write them as an RLDS data set.
 
     python demos.py --suite libero_goal --task-ids 1 4 8 --widen 0.06 --out data/my_demos   # 20 CPU seconds an episode
     python demos.py --suite libero_object --episodes 5 --dry-run         # only check the expert, write nothing
 
-The data set has exactly the features of openvla/modified_libero_rlds, and in `episode_metadata` what an
-exact replay needs: `Sim(suite, task).restore(seed, state)`, then the recorded actions. Started again after
-an interruption, the first command goes on where it stopped. Left out: drawers, knobs and pushing.
+The data set has exactly the features of openvla/modified_libero_rlds, and in `episode_metadata` what an exact replay
+needs: `Sim(suite, task).restore(seed, state)`, then the recorded actions. An interrupted first command continues when
+it is started again. Left out: tasks with drawers, knobs or pushing.
+
+Axes: n, m points; k points of a path.
 """
+
 import io
 import json
 import multiprocessing
@@ -18,104 +20,117 @@ from pathlib import Path
 
 import numpy as np
 
-from sim import CAMERAS, GRID, MAX_STEPS, TRIALS, Sim, encode_jpeg, instructions, versions
+from rollout import TRIALS, encode_jpeg
+from sim import CAMERAS, GRID, MAX_STEPS, Sim, instructions, versions
 
-TIP = 0.005          # m, the fingertips end this far below the grip site
-OPEN, CLOSE = -1.0, 1.0
-RIM_DEPTH = 0.02     # m, bowls and mugs are held this far below their rim
-WIDEST = 0.074       # m, widest part that fits between the open fingers
-MARGIN = 0.02        # m, kept above obstacles while travelling
-DROP = 0.01          # m, height of the release above the support
-SHARD_BYTES = 8_000_000   # of staged data per shard, about
+TIP = 0.005  # m, the fingertips end this far below the grip site
+OPEN = -1.0  # the last value of an action
+CLOSE = 1.0
+RIM_DEPTH = 0.02  # m, bowls and mugs are held this far below their rim
+WIDEST = 0.074  # m, widest part that fits between the open fingers
+MARGIN = 0.02  # m, kept above obstacles while travelling
+DROP = 0.01  # m, height of the release above the support
+SHARD_BYTES = 8_000_000  # of staged data per shard, roughly
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The expert
 
 
-def tops(points) -> np.ndarray:
-    """Highest point of each GRID cell, f64 [m, 3]: all that matters to something passing above."""
+def tops(points):
+    """Return the highest point of each GRID cell, f64 [m, 3], which is all that matters to what passes above.
+
+    points: f64 [n, 3].
+    """
     points = points[np.argsort(-points[:, 2])]
     _, first = np.unique(np.round(points[:, :2] / GRID).astype(int), axis=0, return_index=True)
     return points[first]
 
 
-def half_turn(angle) -> np.ndarray:
-    """Wrap to [-pi/2, pi/2): a parallel gripper is the same after half a turn."""
+def half_turn(angle):
+    """Wrap an angle to [-pi/2, pi/2): a parallel gripper is the same after half a turn."""
     return (angle + np.pi / 2) % np.pi - np.pi / 2
 
 
 class Expert:
-    """Picks and places what the task's goal names, from the simulator's privileged state.
+    """A controller that picks and places what the task's goal names, from the simulator's privileged state.
 
-    Closed loop: every action is computed from where things are now, so it recovers from
-    disturbances and picks again after a slip. Lengths in m, angles in rad, world frame.
+    Closed loop: every action is computed from where things are now, so it recovers from disturbances and picks again
+    after a slip. Lengths in m, angles in rad, world frame.
     """
 
     def __init__(self, sim):
         self.sim = sim
 
-    def reset(self) -> None:
-        """Plan anew; call after every start() or restore()."""
+    def reset(self):
+        """Plan anew; call after every start() or restore().
+
+        Raise ValueError for a goal that is not to pick and place.
+        """
         self.goal = self.sim.world.parsed_problem["goal_state"]
         if odd := [state for state in self.goal if len(state) != 3 or state[0] not in ("on", "in")]:
             raise ValueError(f"the expert only picks and places; {self.sim.suite} task {self.sim.task} is {odd[0]}")
         closing = self.sim.gripper()[1][:, 0]
-        self.yaw, self.plan = np.arctan2(closing[1], closing[0]), self._task()
+        self.yaw = np.arctan2(closing[1], closing[0])
+        self.plan = self._task()
 
-    def act(self) -> np.ndarray:
-        """The next action, f32 [7]."""
+    def act(self):
+        """Return the next action, f32 [7]."""
         return next(self.plan)
 
     def _task(self):
-        """Generator of actions: carry what is not yet where the goal wants it, then hold still."""
+        """Yield actions that carry what is not yet where the goal wants it, then hold still."""
         while True:
             for relation in self.goal:
                 if not self.sim.world._eval_predicate(relation):
                     yield from self.carry(*relation[1:])
-            yield self.servo(self.tip(), self.yaw, OPEN)
+            yield self.servo(self.grip_position(), self.yaw, OPEN)
 
-    # ---- what the robot and the things are doing
+    # Measurements
 
-    def tip(self) -> np.ndarray:
-        """Position of the grip site, f64 [3]."""
+    def grip_position(self):
+        """Return the position of the grip site, f64 [3]."""
         return self.sim.gripper()[0]
 
-    def turn(self, yaw) -> float:
-        """Signed rotation left until the fingers close along yaw."""
+    def yaw_error(self, yaw):
+        """Return the signed rotation that remains until the fingers close along yaw."""
         closing = self.sim.gripper()[1][:, 0]
         return half_turn(yaw - np.arctan2(closing[1], closing[0]))
 
-    def obstacles(self, *without) -> np.ndarray:
-        """Points of everything but the named things, f64 [n, 3]."""
+    def obstacles(self, *without):
+        """Return the points of all objects and fixtures but the named ones, f64 [n, 3]."""
         return np.concatenate([self.sim.points(name) for name in self.sim.world.obj_body_id if name not in without])
 
-    # ---- control
+    # Control
 
-    def servo(self, goal, yaw, grip) -> np.ndarray:
-        """The action that moves the grip site towards goal, upright and turned to yaw."""
+    def servo(self, goal, yaw, grip):
+        """Return the action that moves the grip site towards goal, upright and turned to yaw, f32 [7]."""
         tilt = np.cross(self.sim.gripper()[1][:, 2], [0, 0, -1])
-        move = np.clip(25 * (goal - self.tip()), -1, 1)
-        rotate = np.clip(2.5 * (0.6 * tilt + [0, 0, self.turn(yaw)]), -1, 1)
+        move = np.clip(25 * (goal - self.grip_position()), -1, 1)
+        rotate = np.clip(2.5 * (0.6 * tilt + [0, 0, self.yaw_error(yaw)]), -1, 1)
         return np.concatenate([move, rotate, [grip]]).astype(np.float32)
 
-    def steer(self, goal, tall, offset, hang, radius) -> np.ndarray:
-        """Waypoint on the way to goal: up and over the obstacles, then down a funnel, f64 [3].
+    def steer(self, goal, tall, offset, hang, radius):
+        """Return a waypoint on the way to goal, f64 [3]: up and over the obstacles, then down a funnel.
 
-        tall: f64 [m, 3] tops of the obstacles; offset: xy from the grip site to the middle of
-        what must not touch them; hang: its depth below the site; radius: its half width.
+        tall: f64 [m, 3], tops of the obstacles. offset: xy from the grip site to the middle of what must not touch
+        them, hang: its depth below the site, radius: its half width.
         """
-        here, far = self.tip(), np.linalg.norm(goal[:2] - self.tip()[:2])
-        path = np.linspace(here[:2], goal[:2], int(far / GRID) + 2)                     # [k, 2]
-        tall = tall[tall[:, 2] + hang + MARGIN > min(goal[2], here[2])]                 # [m, 3]
-        near = np.linalg.norm(path[:, None] + offset - tall[:, :2], axis=-1) < radius   # [k, m]
-        need = np.where(near, tall[:, 2], -np.inf).max(1, initial=-np.inf) + hang + MARGIN   # [k]
-        need[np.linalg.norm(path - goal[:2], axis=1) < 0.03] = -np.inf                  # the funnel's part
+        here = self.grip_position()
+        far = np.linalg.norm(goal[:2] - here[:2])
+        path = np.linspace(here[:2], goal[:2], int(far / GRID) + 2)  # [k, 2]
+        tall = tall[tall[:, 2] + hang + MARGIN > min(goal[2], here[2])]  # [m, 3]
+        near = np.linalg.norm(path[:, None] + offset - tall[:, :2], axis=-1) < radius  # [k, m]
+        need = np.where(near, tall[:, 2], -np.inf).max(1, initial=-np.inf) + hang + MARGIN  # [k]
+        need[np.linalg.norm(path - goal[:2], axis=1) < 0.03] = -np.inf  # the funnel's part
         blocked = np.flatnonzero(need > here[2] + 0.01)
         ahead = path[max(blocked[0] - 1, 0)] if len(blocked) else goal[:2]
         funnel = goal[2] + np.clip(2.5 * (far - 0.012), 0, 0.08)
         return np.append(ahead, max(funnel, need.max()))
 
-    # ---- primitives: generators of actions
+    # Primitives: generators of actions
 
     def carry(self, name, target):
-        """Pick up an object and put it on or into the target; ends early after a slip."""
+        """Pick up an object and put it on or into the target; end early after a slip."""
         place, self.yaw = self.grasp(name)
         yield from self.reach(place - self.sim.position(name), name)
         yield from self.close()
@@ -123,18 +138,19 @@ class Expert:
             yield from self.release()
 
     def reach(self, grip, name):
-        """Bring the open fingers around the object; grip: from its middle to the grip site."""
+        """Bring the open fingers around the object; grip: vector from its middle to the grip site, f64 [3]."""
         tall = tops(self.obstacles())
         for _ in range(150):
             goal = self.sim.position(name) + grip
-            error = np.abs(goal - self.tip())
-            if np.linalg.norm(error[:2]) < 0.008 and error[2] < 0.006 and abs(self.turn(self.yaw)) < 0.12:
+            error = np.abs(goal - self.grip_position())
+            if np.linalg.norm(error[:2]) < 0.008 and error[2] < 0.006 and abs(self.yaw_error(self.yaw)) < 0.12:
                 return
             yield self.servo(self.steer(goal, tall, 0, TIP, 0.04), self.yaw, OPEN)
 
     def close(self):
         """Close until the fingers stop."""
-        here, before = self.tip(), np.inf
+        here = self.grip_position()
+        before = np.inf
         for step in range(14):
             yield self.servo(here, self.yaw, CLOSE)
             if step > 3 and before - self.sim.gripper()[2] < 0.003:
@@ -142,57 +158,70 @@ class Expert:
             before = self.sim.gripper()[2]
 
     def bring(self, name, target):
-        """Carry the held object over the target and down to it; returns whether it was not lost."""
-        tall, aim = tops(self.obstacles(name)), self.aim(target)
-        held = self.sim.position(name) - self.tip()
+        """Carry the held object over the target and down to it; return False as soon as it has slipped, else True."""
+        tall = tops(self.obstacles(name))
+        aim = self.aim(target)
+        held = self.sim.position(name) - self.grip_position()
         for _ in range(200):
-            tip, points = self.tip(), self.sim.points(name)
-            shift = self.sim.position(name) - tip
+            grip_position = self.grip_position()
+            points = self.sim.points(name)
+            shift = self.sim.position(name) - grip_position
             if np.linalg.norm(shift - held) > 0.03:
                 return False
-            hang = tip[2] - points[:, 2].min()
+            hang = grip_position[2] - points[:, 2].min()
             middle = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
             radius = np.linalg.norm(points[:, :2] - middle, axis=1).max()
             goal = aim + [-shift[0], -shift[1], hang]
-            if np.linalg.norm(goal[:2] - tip[:2]) < 0.015 and tip[2] - goal[2] < 0.01:
+            if np.linalg.norm(goal[:2] - grip_position[:2]) < 0.015 and grip_position[2] - goal[2] < 0.01:
                 return True
-            yield self.servo(self.steer(goal, tall, middle - tip[:2], hang, radius), self.yaw, CLOSE)
+            yield self.servo(self.steer(goal, tall, middle - grip_position[:2], hang, radius), self.yaw, CLOSE)
         return True
 
     def release(self):
-        """Open, then go up."""
-        here = self.tip()
+        """Open the fingers, then go up."""
+        here = self.grip_position()
         for step in range(16):
             yield self.servo(here + [0, 0, 0.1 * (step > 4)], self.yaw, OPEN)
 
-    # ---- where to hold and where to put
+    # Where to hold and where to put
 
-    def aim(self, target) -> np.ndarray:
-        """Where the lowest point of what is put on the target goes, f64 [3]."""
+    def aim(self, target):
+        """Return where the lowest point of what is put on the target goes, f64 [3]."""
         world = self.sim.world
-        where = world.object_states_dict[target].get_geom_state()["pos"]
+        centre = world.object_states_dict[target].get_geom_state()["pos"]
         site = world.object_sites_dict.get(target)
         body = site.parent_name if site else target
-        points = self.sim.points(body) if body in world.obj_body_id else where[None]
-        under = points[np.linalg.norm(points[:, :2] - where[:2], axis=1) < 0.025]
-        return np.append(where[:2], under[:, 2].max(initial=where[2] if not len(under) else -np.inf) + DROP)
+        points = self.sim.points(body) if body in world.obj_body_id else centre[None]
+        under = points[np.linalg.norm(points[:, :2] - centre[:2], axis=1) < 0.025]
+        height = under[:, 2].max() if len(under) else centre[2]
+        return np.append(centre[:2], height + DROP)
 
     def grasp(self, name):
-        """Where to close the fingers: grip site position, f64 [3], and yaw of the closing axis."""
+        """Return (place, yaw) of the best grasp: grip site position, f64 [3], and angle of the closing axis."""
         points = self.sim.points(name)
         hollow = any(word in name for word in ("bowl", "mug"))
         options = rim_grasps(points) if hollow else body_grasps(points)
         others = self.obstacles(name)
         others = others[np.linalg.norm(others[:, :2] - points[:, :2].mean(0), axis=1) < 0.25]
-        return min(options, key=lambda grip: grip[2] + abs(self.turn(grip[1])) + in_the_way(others, *grip[:2]))[:2]
+
+        def total_cost(option):
+            place, yaw, cost = option
+            return cost + abs(self.yaw_error(yaw)) + clearance_cost(others, place, yaw)
+
+        place, yaw, _ = min(options, key=total_cost)
+        return place, yaw
 
 
-def rim_grasps(points) -> list:
-    """Options (place [3], yaw, cost) on the rim of a bowl or mug, rather on the robot's left side of it."""
+def rim_grasps(points):
+    """Return [(place [3], yaw, cost)] on the rim of a bowl or mug, preferring the robot's left side of it.
+
+    points: f64 [n, 3], those of the object.
+    """
     middle = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
     z = points[:, 2].max() - RIM_DEPTH
-    wall = points[np.abs(points[:, 2] - z) < 0.007][:, :2] - middle              # [n, 2]
-    angle, options = np.arctan2(wall[:, 1], wall[:, 0]), []
+    wall = points[np.abs(points[:, 2] - z) < 0.007][:, :2] - middle  # [n, 2]
+    angle = np.arctan2(wall[:, 1], wall[:, 0])
+    options = []
     for yaw in np.deg2rad(np.arange(-180, 180, 5)):
         here = np.cos(angle - yaw) > 0.98
         if here.any():
@@ -201,22 +230,30 @@ def rim_grasps(points) -> list:
     return options
 
 
-def body_grasps(points) -> list:
-    """Options (place [3], yaw, cost) across a box, bottle or can; near the top of tall ones."""
-    low, high = points[:, 2].min(), points[:, 2].max()
+def body_grasps(points):
+    """Return [(place [3], yaw, cost)] across a box, bottle or can, near the top of tall ones.
+
+    points: f64 [n, 3], those of the object.
+    """
+    low = points[:, 2].min()
+    high = points[:, 2].max()
     z = high - 0.03 if high - low > 0.06 else (low + high) / 2
-    part, options = points[np.abs(points[:, 2] - z) < 0.012][:, :2], []          # [n, 2]
+    part = points[np.abs(points[:, 2] - z) < 0.012][:, :2]  # [n, 2]
+    options = []
     for yaw in np.deg2rad(np.arange(-90, 90, 5)):
         turned = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
-        extent = part @ turned                                                   # [n, 2] along, across
+        extent = part @ turned  # [n, 2] along, across
         width = np.ptp(extent[:, 0])
         place = turned @ (extent.min(0) + extent.max(0)) / 2
         options.append((np.append(place, z), yaw, 20 * width + 100 * (width > WIDEST)))
     return options
 
 
-def in_the_way(others, place, yaw) -> float:
-    """Cost of the points in the space of the open fingers and the hand at this grasp, at most 10."""
+def clearance_cost(others, place, yaw):
+    """Return the cost of obstacles within the open fingers and the hand at a grasp, at most 10.
+
+    others: f64 [n, 3], points of the obstacles; place: f64 [3].
+    """
     out = np.abs((others[:, :2] - place[:2]) @ [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
     above = others[:, 2] - place[2]
     fingers = (out[:, 0] > 0.035) & (out[:, 0] < 0.065) & (out[:, 1] < 0.018) & (above > -0.008)
@@ -224,54 +261,68 @@ def in_the_way(others, place, yaw) -> float:
     return min(10, 2 * np.count_nonzero(fingers | hand))
 
 
-# ---- recording
+# ----------------------------------------------------------------------------------------------------------------------
+# Recording
+
 
 @dataclass
 class Config:
+    """Settings of `python demos.py`."""
+
     suite: str = "libero_goal"
-    """LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90."""
+    """LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90"""
     task_ids: list[int] = field(default_factory=list)
-    """Tasks of the suite; empty: all of them."""
+    """tasks of the suite; empty: all of them"""
     episodes: int = 20
-    """Successful episodes per task."""
+    """successful episodes per task"""
     image_size: int = 96
-    """Side of the stored images in pixels."""
+    """side of the stored images in pixels"""
     jpeg_quality: int = 85
-    """JPEG quality of the stored images, 1 to 95."""
+    """JPEG quality of the stored images, 1 to 95"""
     widen: float = 0.0
-    """Half-width in m of the square in which the handled object's start is drawn; 0: official starts."""
+    """half-width in m of the square in which the handled object's start is drawn; 0: official starts"""
     seed: int = 10_000
-    """Attempt j of task k has the seed `seed + 10000 k + j`; seeds below 10000 are for evaluation."""
+    """attempt j of task k has the seed `seed + 10000 k + j`; seeds below 10000 are for evaluation"""
     out: Path = Path("data/demos")
-    """Folder of the data set; its name is the data set's name."""
+    """folder of the data set; its name is the data set's name"""
     trials: int = TRIALS
-    """Evaluation's starts per task on which the expert is tried at the end, for eval.py to print beside a policy."""
+    """evaluation's starts per task on which the expert is tried at the end; eval.py prints its success"""
     procs: int = os.cpu_count() or 1
-    """Worker processes, each with its own simulator."""
+    """worker processes, each with its own simulator"""
     dry_run: bool = False
-    """Only roll the expert out on evaluation's starts, seeds 0 to episodes - 1, and print its success."""
+    """only roll the expert out on evaluation's starts, seeds 0 to episodes - 1, and print its success"""
 
 
-SHAPING = ("suite", "widen", "seed", "image_size", "jpeg_quality")   # the fields that shape an episode
+SHAPING = ("suite", "widen", "seed", "image_size", "jpeg_quality")  # the fields that shape an episode
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot work before anything is built or written."""
+def check(config):
+    """Raise ValueError or FileExistsError for what cannot work, before anything is built or written."""
     if config.suite not in MAX_STEPS:
         raise ValueError(f"suite={config.suite!r} is unknown; choose one of {', '.join(MAX_STEPS)}")
     count = len(instructions(config.suite))
     if bad := [task for task in config.task_ids if not 0 <= task < count]:
         raise ValueError(f"task_ids={bad}: {config.suite} has tasks 0 to {count - 1}")
-    for name, low, high in [("episodes", 1, 3000), ("image_size", 8, 256), ("jpeg_quality", 1, 95), ("widen", 0, 0.5),
-                            ("trials", 1, 10_000), ("procs", 1, 1024), ("seed", 10_000, 2**31)]:
+    for name, low, high in [
+        ("episodes", 1, 3000),
+        ("image_size", 8, 256),
+        ("jpeg_quality", 1, 95),
+        ("widen", 0, 0.5),
+        ("trials", 1, 10_000),
+        ("procs", 1, 1024),
+        ("seed", 10_000, 2**31),
+    ]:
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name}={getattr(config, name)} is outside {low} to {high}")
     if not config.dry_run and config.out.exists():
         raise FileExistsError(f"out={config.out} exists; choose another folder or remove it")
 
 
-def disturb(sim, expert, rng) -> None:
-    """Recovery data: follow the expert for a while, then drift off its path; nothing of it is recorded."""
+def disturb(sim, expert, rng):
+    """Follow the expert for some steps, then drift off its path, so that the recording shows how to recover.
+
+    Nothing of this is recorded.
+    """
     for _ in range(rng.integers(0, 16)):
         action = expert.act()
         if action[6] == CLOSE:
@@ -282,42 +333,47 @@ def disturb(sim, expert, rng) -> None:
         sim.step(np.append(drift, OPEN))
 
 
-def record(sim, seed: int, config: Config) -> dict | None:
-    """One episode of the expert, or None when it failed: its seed, its first simulator state, its steps.
+def record(sim, seed, config):
+    """Return one episode of the expert, {"seed", "state", "steps"}, or None when it failed.
 
-    The image of a step is what the cameras saw before its action.
+    state: the simulator state at its first step, f64 [n]. steps: observations with actions; the image of a step, as
+    JPEG bytes u8 [n], is what the cameras saw before its action.
     """
-    expert, rng = Expert(sim), np.random.default_rng([seed, 1])
+    expert = Expert(sim)
+    rng = np.random.default_rng([seed, 1])
     sim.start(seed, config.widen)
     expert.reset()
     if rng.random() < 0.5:
         disturb(sim, expert, rng)
-    state, steps = sim.state(), []
+    state = sim.state()
     sim.restore(seed, state)
     expert.reset()
+    steps = []
     for _ in range(MAX_STEPS[sim.suite]):
         step = sim.observe()
-        for key in CAMERAS:
-            step[key] = np.frombuffer(encode_jpeg(step[key], config.image_size, quality=config.jpeg_quality), np.uint8)
-        steps.append({**step, "action": expert.act()})
-        if sim.step(steps[-1]["action"], look=True):
+        for camera in CAMERAS:
+            jpeg = encode_jpeg(step[camera], config.image_size, quality=config.jpeg_quality)
+            step[camera] = np.frombuffer(jpeg, np.uint8)
+        step["action"] = expert.act()
+        steps.append(step)
+        if sim.step(step["action"], render=True):
             return {"seed": seed, "state": state, "steps": steps}
     return None
 
 
-def succeeds(sim, seed: int, widen: float) -> bool:
-    """Whether the expert solves the start that evaluation uses for `seed`; no frame is kept."""
+def succeeds(sim, seed, widen):
+    """Return whether the expert solves the start that evaluation uses for `seed`; no frame is drawn."""
     expert = Expert(sim)
-    sim.start(seed, widen, look=False)
+    sim.start(seed, widen, render=False)
     expert.reset()
     return any(sim.step(expert.act()) for _ in range(MAX_STEPS[sim.suite]))
 
 
-OPENED = {}   # this process's simulator by (suite, task); one at a time
+OPENED = {}  # (suite, task) -> this process's simulator; at most one
 
 
-def sim_for(suite: str, task: int) -> Sim:
-    """The simulator of a task, kept open for the next attempt."""
+def open_sim(suite, task):
+    """Return the simulator of a task, which stays open for the next attempt."""
     if (suite, task) not in OPENED:
         while OPENED:
             OPENED.popitem()[1].close()
@@ -325,62 +381,85 @@ def sim_for(suite: str, task: int) -> Sim:
     return OPENED[suite, task]
 
 
-def attempt(job) -> tuple:
-    """Worker: run attempt j of a task and leave its result in the staging folder."""
+def attempt(job):
+    """Run attempt j of a task in a worker process and save its result in the staging folder.
+
+    job: (config, task, j). Return (task, j, whether it succeeded). In a dry run the expert is tried on evaluation's
+    start j.
+    """
     config, task, j = job
-    sim = sim_for(config.suite, task)
+    sim = open_sim(config.suite, task)
     if config.dry_run:
         return task, j, succeeds(sim, j, config.widen)
     episode = record(sim, config.seed + 10_000 * task + j, config)
-    stage(staging(config) / f"{task}_{j}.npz", episode)
+    save_attempt(staging(config) / f"{task}_{j}.npz", episode)
     return task, j, episode is not None
 
 
-def run(jobs: list[tuple], procs: int):
-    """Yield the results of the attempts as they end."""
-    with multiprocessing.get_context("spawn").Pool(min(procs, len(jobs))) as pool:
-        yield from pool.imap_unordered(attempt, jobs)
+def next_attempts(config, tasks, done):
+    """Return the next attempts [(config, task, j)]: as many as a task lacks successes, whatever the number of workers.
 
-
-def missing(config: Config, tasks: list[int], done: dict) -> list[tuple]:
-    """Next attempts (config, task, j): as many as a task lacks successes, whatever the number of workers."""
+    done: {(task, j): success}. Raise RuntimeError when the expert fails too often.
+    """
     jobs = []
     for task in tasks:
         tried = {j: success for (k, j), success in done.items() if k == task}
         solved = sum(tried.values())
         lacking = config.episodes - (len(tried) if config.dry_run else solved)
         if lacking > 0 and len(tried) >= 3 * config.episodes + 10:
-            raise RuntimeError(f"{config.suite} task {task}: the expert solved only {solved} of {len(tried)} attempts; "
-                               f"leave it out of task_ids or reduce widen={config.widen}")
-        jobs += [(config, task, j) for j in range(len(tried) + lacking) if j not in tried][:max(lacking, 0)]
+            raise RuntimeError(
+                f"{config.suite} task {task}: the expert solved only {solved} of {len(tried)} attempts; "
+                f"leave it out of task_ids or reduce widen={config.widen}"
+            )
+        jobs += [(config, task, j) for j in range(len(tried) + lacking) if j not in tried][: max(lacking, 0)]
     return jobs
 
 
-def collect(config: Config, tasks: list[int], done: dict) -> dict:
-    """Run attempts until every task has its episodes; returns (task, attempt) -> success."""
+def collect(config, tasks, done, pool):
+    """Run attempts until every task has its episodes; return `done`, {(task, j): success}, with them."""
     from tqdm import tqdm
+
     with tqdm(total=config.episodes * len(tasks), initial=sum(done.values()), unit="episode") as bar:
-        while jobs := missing(config, tasks, done):
-            for task, j, success in run(jobs, config.procs):
+        while jobs := next_attempts(config, tasks, done):
+            for task, j, success in pool.imap_unordered(attempt, jobs):
                 done[task, j] = success
                 bar.update(success or config.dry_run)
     return done
 
 
-# ---- staging: one file per attempt, so that an interrupted run goes on
+def try_expert(config, tasks, pool):
+    """Return the expert's outcomes on evaluation's starts, which eval.py prints next to a policy's.
 
-def staging(config: Config) -> Path:
-    """Folder of the finished attempts, beside the data set."""
+    They are [{"task", "seed", "widen", "success"}].
+    """
+    dry = replace(config, dry_run=True)
+    results = pool.imap_unordered(attempt, [(dry, task, seed) for task in tasks for seed in range(config.trials)])
+    return [
+        {"task": task, "seed": seed, "widen": config.widen, "success": bool(success)}
+        for task, seed, success in sorted(results)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Staging: one file per attempt, so that an interrupted run can continue
+
+
+def staging(config):
+    """Return the folder of the finished attempts, next to that of the data set."""
     return config.out.with_name(config.out.name + ".staging")
 
 
-def resume(config: Config) -> dict:
-    """Make the staging folder, or accept one that the same settings made; returns (task, attempt) -> success."""
-    note, ours = staging(config) / "settings.json", {name: getattr(config, name) for name in SHAPING}
+def resume(config):
+    """Make the staging folder, or accept one that was made with the same settings; return {(task, j): success}.
+
+    Raise ValueError when it was made with other settings.
+    """
+    note = staging(config) / "settings.json"
+    settings = {name: getattr(config, name) for name in SHAPING}
     note.parent.mkdir(parents=True, exist_ok=True)
     if not note.exists():
-        note.write_text(json.dumps(ours))
-    if json.loads(note.read_text()) != ours:
+        note.write_text(json.dumps(settings))
+    if json.loads(note.read_text()) != settings:
         raise ValueError(f"{note.parent} holds episodes of other settings ({note.read_text()}); remove it or use those")
     done = {}
     for path in note.parent.glob("*.npz"):
@@ -389,8 +468,11 @@ def resume(config: Config) -> dict:
     return done
 
 
-def stage(path: Path, episode: dict | None) -> None:
-    """Write one attempt under a temporary name, then rename; a failed attempt has length 0 and nothing else."""
+def save_attempt(path, episode):
+    """Write one attempt's episode (see `record`) to a temporary file, then rename it.
+
+    A failed attempt has length 0 and nothing else.
+    """
     arrays = {"length": 0}
     if episode:
         steps = episode["steps"]
@@ -398,35 +480,47 @@ def stage(path: Path, episode: dict | None) -> None:
         for key in ("state", "joint_state", "action"):
             arrays[key] = np.stack([step[key] for step in steps])
         for key in CAMERAS:
-            arrays[key] = np.concatenate([step[key] for step in steps])                 # JPEG files, end to end
+            arrays[key] = np.concatenate([step[key] for step in steps])  # JPEG files, end to end
             arrays[key + "_ends"] = np.cumsum([len(step[key]) for step in steps])
     with open(path.with_suffix(".part"), "wb") as file:
         np.savez(file, **arrays)
     os.replace(path.with_suffix(".part"), path)
 
 
-# ---- writing
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
 
-def features(size: int):
-    """The features of modified_libero_rlds with images of size x size, and what a replay needs."""
+
+def features(size):
+    """Return the features of modified_libero_rlds with images of size x size, and what a replay needs."""
     from tensorflow_datasets.core import features as f
+
     image = f.Image(shape=(size, size, 3), dtype=np.uint8, encoding_format="jpeg")
     vector = {n: f.Tensor(shape=(n,), dtype=np.float32) for n in (7, 8)}
-    return f.FeaturesDict({
-        "steps": f.Dataset({
-            "observation": f.FeaturesDict({
-                "image": image, "wrist_image": image, "state": vector[8], "joint_state": vector[7]}),
-            "action": vector[7], "language_instruction": f.Text(),
-            "is_first": f.Scalar(np.bool_), "is_last": f.Scalar(np.bool_), "is_terminal": f.Scalar(np.bool_),
-            "reward": f.Scalar(np.float32), "discount": f.Scalar(np.float32)}),
-        "episode_metadata": f.FeaturesDict({
-            "file_path": f.Text(), "suite": f.Text(), "task": f.Scalar(np.int64), "seed": f.Scalar(np.int64),
-            "widen": f.Scalar(np.float32),
-            "state": f.Tensor(shape=(None,), dtype=np.float64, encoding=f.Encoding.BYTES)})})   # float_list would round
+    observation = {"image": image, "wrist_image": image, "state": vector[8], "joint_state": vector[7]}
+    step = {
+        "observation": f.FeaturesDict(observation),
+        "action": vector[7],
+        "language_instruction": f.Text(),
+        "is_first": f.Scalar(np.bool_),
+        "is_last": f.Scalar(np.bool_),
+        "is_terminal": f.Scalar(np.bool_),
+        "reward": f.Scalar(np.float32),
+        "discount": f.Scalar(np.float32),
+    }
+    metadata = {
+        "file_path": f.Text(),
+        "suite": f.Text(),
+        "task": f.Scalar(np.int64),
+        "seed": f.Scalar(np.int64),
+        "widen": f.Scalar(np.float32),
+        "state": f.Tensor(shape=(None,), dtype=np.float64, encoding=f.Encoding.BYTES),  # float_list would round
+    }
+    return f.FeaturesDict({"steps": f.Dataset(step), "episode_metadata": f.FeaturesDict(metadata)})
 
 
-def example(path: Path, config: Config) -> dict:
-    """A staged episode as tensorflow-datasets wants it."""
+def example(path, config):
+    """Return a staged episode as tensorflow-datasets takes it, see `features`."""
     task = int(path.stem.split("_")[0])
     text = instructions(config.suite)[task]
     with np.load(path) as file:
@@ -434,62 +528,84 @@ def example(path: Path, config: Config) -> dict:
     for key in CAMERAS:
         arrays[key] = [io.BytesIO(part.tobytes()) for part in np.split(arrays[key], arrays[key + "_ends"][:-1])]
     last = int(arrays["length"]) - 1
-    steps = [{"observation": {key: arrays[key][t] for key in (*CAMERAS, "state", "joint_state")},
-              "action": arrays["action"][t], "language_instruction": text, "is_first": t == 0, "is_last": t == last,
-              "is_terminal": t == last, "reward": float(t == last), "discount": 1.0} for t in range(last + 1)]
-    name = f"{config.suite}/{text.replace(' ', '_')}/seed_{arrays['seed']}"
-    return {"steps": steps, "episode_metadata": {
-        "file_path": name, "suite": config.suite, "task": task, "seed": int(arrays["seed"]), "widen": config.widen,
-        "state": arrays["start"]}}
+    steps = [
+        {
+            "observation": {key: arrays[key][t] for key in (*CAMERAS, "state", "joint_state")},
+            "action": arrays["action"][t],
+            "language_instruction": text,
+            "is_first": t == 0,
+            "is_last": t == last,
+            "is_terminal": t == last,
+            "reward": float(t == last),
+            "discount": 1.0,
+        }
+        for t in range(last + 1)
+    ]
+    metadata = {
+        "file_path": f"{config.suite}/{text.replace(' ', '_')}/seed_{arrays['seed']}",
+        "suite": config.suite,
+        "task": task,
+        "seed": int(arrays["seed"]),
+        "widen": config.widen,
+        "state": arrays["start"],
+    }
+    return {"steps": steps, "episode_metadata": metadata}
 
 
-def write(config: Config, done: dict, folder: Path) -> None:
-    """All staged successes -> <folder>/<name>/1.0.0/, in a process of its own: TensorFlow beside Mesa's EGL crashes."""
+def write(config, done, folder):
+    """Write all staged successes as the data set folder/name/1.0.0.
+
+    Call it in a process of its own: in one that has loaded TensorFlow, Mesa's EGL crashes.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
-    shutil.rmtree(folder, ignore_errors=True)      # what an interrupted write left
+
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted write
     paths = [staging(config) / f"{task}_{j}.npz" for (task, j), success in sorted(done.items()) if success]
     shards = min(len(paths), 1 + sum(path.stat().st_size for path in paths) // SHARD_BYTES)
     tfds.dataset_builders.store_as_tfds_dataset(
-        name=config.out.name, version="1.0.0", features=features(config.image_size),
+        name=config.out.name,
+        version="1.0.0",
+        features=features(config.image_size),
         split_datasets={"train": ((path.stem, example(path, config)) for path in paths)},
-        data_dir=str(folder), download_config=tfds.download.DownloadConfig(num_shards=shards))
+        data_dir=str(folder),
+        download_config=tfds.download.DownloadConfig(num_shards=shards),
+    )
 
 
-def rehearse(config: Config, tasks: list[int]) -> list[dict]:
-    """How the expert fares on evaluation's starts; eval.py prints it beside a policy."""
-    dry = replace(config, dry_run=True)
-    results = run([(dry, task, seed) for task in tasks for seed in range(config.trials)], config.procs)
-    return [{"task": task, "seed": seed, "widen": config.widen, "success": bool(success)}
-            for task, seed, success in sorted(results)]
-
-
-def report(config: Config, tasks: list[int], done: dict) -> dict:
-    """The expert's success per task, printed and returned."""
+def report(config, tasks, done):
+    """Print and return the expert's success per task, {task: {"instruction", "attempts", "successes", ...}}."""
     table = {}
     for task in tasks:
         tried = [success for (k, _), success in done.items() if k == task]
-        table[task] = {"instruction": instructions(config.suite)[task], "attempts": len(tried), "successes": sum(tried),
-                       "success_rate": sum(tried) / len(tried)}
+        table[task] = {
+            "instruction": instructions(config.suite)[task],
+            "attempts": len(tried),
+            "successes": sum(tried),
+            "success_rate": sum(tried) / len(tried),
+        }
         print(f"{config.suite} {task}: {sum(tried)} of {len(tried)}  {table[task]['instruction']}")
     return table
 
 
-def main(config: Config) -> None:
-    """Collect, write beside the staged episodes, and move the finished data set to its place."""
+def main(config):
+    """Collect episodes, write them next to the staged ones, and move the finished data set to its place."""
     check(config)
     tasks = config.task_ids or list(range(len(instructions(config.suite))))
-    done = collect(config, tasks, {} if config.dry_run else resume(config))
-    table = report(config, tasks, done)
-    if config.dry_run:
-        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(config.procs, len(tasks) * max(config.episodes, config.trials))) as pool:
+        done = collect(config, tasks, {} if config.dry_run else resume(config), pool)
+        table = report(config, tasks, done)
+        if config.dry_run:
+            return
+        note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": table}
+        note["evaluation"] = try_expert(config, tasks, pool)
     done = {key: success for key, success in done.items() if key[0] in tasks}
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with context.Pool(1) as pool:
         pool.apply(write, (config, done, staging(config) / "rlds"))
-    note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": table}
-    note["evaluation"] = rehearse(config, tasks)
-    (staging(config) / "rlds" / config.out.name / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
-    os.replace(staging(config) / "rlds" / config.out.name, config.out)
+    folder = staging(config) / "rlds" / config.out.name
+    (folder / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
+    os.replace(folder, config.out)
     shutil.rmtree(staging(config))
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
     print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: python data.py {config.out}")
@@ -497,4 +613,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     import tyro
-    main(tyro.cli(Config))
+
+    main(tyro.cli(Config, description=__doc__))

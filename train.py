@@ -1,4 +1,4 @@
-"""Trains one of the five variants on RLDS data.
+"""Train one of the five variants on RLDS data.
 
     python train.py --variant la_align                                     # embedded data, tiny backbone, a laptop
     torchrun --standalone train.py --variant la_direct                     # the same through torchrun
@@ -22,62 +22,59 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
+from backbone import base_hash, prompt_ids, text_tokenizer
+from batches import ActionChunks, StepBatchSampler
+from checkpoint import (
+    prepare_run,
+    restore_training,
+    save_tensors,
+    save_training,
+    to_json,
+    trainable_tensors,
+    write_json,
+)
 from common import (
     Log,
     Meter,
     all_mean,
     all_sum,
-    commit,
-    data_workers,
+    catch_sigterm,
+    check_bf16_support,
     distribute,
-    explained,
+    git_commit,
+    init_distributed,
     learning_rate,
-    note_sigterm,
     parameter_groups,
-    plain,
-    prepare_run,
     print0,
-    restore_training,
-    save_tensors,
-    save_training,
-    start_ranks,
-    stop_ranks,
+    report_worker_failures,
+    shutdown_distributed,
     to_device,
-    trainable_tensors,
-    write_json,
+    worker_options,
 )
-from data import (
-    CACHE,
-    Chunks,
-    StepBatches,
-    label_path,
-    load_labels,
-    open_indices,
-    split_episodes,
-    statistics,
-    statistics_hash,
-    steps_of,
-)
-from latent import load_tokenizer
-from model import VARIANTS, VLA, Spec, base_hash, check_gpu, request_ids, text_tokenizer
+from data import open_indices
+from index import CACHE, episode_steps, split_episodes
+from model import ACTION_LOSSES, VARIANTS, VLA, ModelConfig
+from normalise import statistics, statistics_hash
+from targets import add_action_codes, load_targets
+from tiny import SIZES
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
-FREE_TO_CHANGE = {"resume", "out", "data", "labels", "tokenizer", "cache", "num_workers", "save_every", "val_every"}
-FREE_TO_CHANGE |= {"wandb_project", "per_device_batch_size", "gradient_checkpointing", "compile"}
-FREE_TO_CHANGE |= {"keep", "max_skipped", "timeout"}
-LOG_EVERY = 10  # steps, but at most 5 s, between writes of the log: losses, and SIGTERM, stay with each process so long
+FREE_TO_CHANGE = set(
+    "resume out data labels tokenizer cache num_workers save_every val_every wandb_project per_device_batch_size "
+    "gradient_checkpointing compile keep max_skipped timeout".split()
+)
+LOG_EVERY = 10  # updates, but at most 5 s, between exchanges of losses (and of SIGTERM) among the processes
 
 
 @dataclass
 class Config:
-    variant: Literal["baseline", "la_align", "la_direct", "la_cond", "la_tok"] = "la_align"
+    variant: Literal[*VARIANTS] = "la_align"
     """which of the paper's five models"""
     data: tuple[Path, ...] = (Path("data/libero_tiny"),)
     """RLDS data sets, one folder each"""
@@ -100,7 +97,7 @@ class Config:
     or (labels of the paper's release) after quantisation"""
 
     backbone: str = "tiny"
-    """tiny, or a Qwen3-VL checkpoint directory or hub id"""
+    """tiny (random weights), or a Qwen3-VL checkpoint folder or hub id"""
     tuning: Literal["", "lora", "full", "frozen"] = ""
     """what is trained of a pretrained backbone: low-rank updates, all weights, nothing
     (default: lora; the tiny backbone is always trained in full)"""
@@ -125,7 +122,7 @@ class Config:
     head_width: int = 0
     """width of the action head (default: the backbone's, at most 1024)"""
 
-    loss: Literal["l1", "l2"] = "l1"
+    loss: Literal[*ACTION_LOSSES] = "l1"
     """error of the actions"""
     latent_weight: float = -1.0
     """lambda, the weight of the latent loss (negative: the variant's own)"""
@@ -157,7 +154,7 @@ class Config:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     max_steps: int = 6500
-    """optimizer steps"""
+    """optimizer updates"""
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""
     image_aug: bool = True
@@ -183,7 +180,7 @@ class Config:
 
 
 def check(config, world):
-    """Raises ValueError naming the field and the value of what cannot work, before anything is loaded."""
+    """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
     shares = config.global_batch_size / world
     if shares != int(shares) or shares < 1:
         raise ValueError(
@@ -209,79 +206,26 @@ def check(config, world):
         raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
 
 
-def load_targets(config, indices, stats):
-    """(labels per data set or None, action tokenizer or None): what the variant's latent loss compares with.
-
-    Raises FileNotFoundError with the command that makes what is missing, ValueError when it does not fit the data.
-    """
-    target = VARIANTS[config.variant].target
-    if target == "action":
-        folder = Path(config.tokenizer or config.data[0] / "tokenizer")
-        if not folder.exists():
-            raise FileNotFoundError(
-                f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
-                f"python latent.py tokenizer --data {config.data[0]} --out {folder}"
-            )
-        return None, _load_tokenizer(folder, config.chunk, indices, stats)
-    if not target:
-        return None, None
-    labels = [_load_labels(config, number, index) for number, index in enumerate(indices)]
-    kinds = {(found.delta, found.fingerprint, found.num_codes) for found in labels}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the labels of these data sets come from different latent models (delta, fingerprint, codes): {kinds}"
-        )
-    return labels, None
+def choose_cameras(config, index):
+    """Return the camera names in order: as asked for, else the main one first and, unless switched off, the wrist's."""
+    if config.cameras:
+        return list(config.cameras)
+    names = sorted(index.cameras, key=lambda name: ("wrist" in name, name))
+    return [name for name in names if config.use_wrist_image or "wrist" not in name]
 
 
-def _load_tokenizer(folder, chunk, indices, stats):
-    tokenizer = load_tokenizer(folder)
-    expected = {"chunk": chunk, "action_size": indices[0].columns["action"].shape[1]}
-    found = {name: tokenizer.config[name] for name in expected}
-    if found != expected:
-        raise ValueError(
-            f"the action tokenizer in {folder} is for {found}, but this run has {expected}; make another one"
-        )
-    trained_on = json.loads((folder / "dataset_statistics.json").read_text())
-    for index, own in zip(indices, stats):
-        theirs = trained_on.get(index.name, {}).get("action")
-        if not theirs or not all(np.allclose(theirs[row], own["action"][row], rtol=1e-5) for row in ("q01", "q99")):
-            raise ValueError(
-                f"the action tokenizer in {folder} was trained on {list(trained_on)}, not on {index.name} with these "
-                f"statistics. Make one: python latent.py tokenizer --data {index.directory} --out DIR"
-            )
-    return tokenizer
-
-
-def _load_labels(config, number, index):
-    path = config.labels[number] if config.labels else label_path(index, config.data[number])
-    labels = None if config.labels and not path.exists() else load_labels(index, path, config.delta)
-    if labels is None:
-        folder = config.data[number]
-        raise FileNotFoundError(
-            f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
-            f"python latent.py lam --data {folder} --out runs/lam && "
-            f"python latent.py label --data {folder} --lam runs/lam --out {path}"
-        )
-    if (config.variant == "la_align" or config.continuous) and labels.quantised != (config.align_target == "quantised"):
-        raise ValueError(
-            f"the labels of {index.name} hold {'quantised' if labels.quantised else 'continuous'} vectors, "
-            f"but align_target is '{config.align_target}'"
-        )
-    return labels
-
-
-def make_spec(config, indices, cameras, labels, tokenizer):
-    """Sizes from the data, the labels and the config."""
+def make_model_config(config, indices, cameras, labels, tokenizer):
+    """Return the `ModelConfig` of a run: sizes from the data and the latent targets, the rest from the command line."""
     target = tokenizer or (labels[0] if labels else None)
-    stored = indices[0].image(cameras[0], 0).shape[0]
-    texts, words = {text for index in indices for text in index.instructions}, text_tokenizer(config.backbone)
-    longest = max(len(request_ids(words, text, config.chunk)) for text in texts)
-    return Spec(
+    stored_size = indices[0].image(cameras[0], 0).shape[0]
+    words = text_tokenizer(config.backbone)
+    texts = {text for index in indices for text in index.instructions}
+    longest = max(len(prompt_ids(words, text, config.chunk)) for text in texts)
+    return ModelConfig(
         variant=config.variant,
         backbone=config.backbone,
         cameras=len(cameras),
-        image_size=config.image_size or stored // 32 * 32,
+        image_size=config.image_size or stored_size // 32 * 32,
         text_length=config.text_length or (longest + 7) // 8 * 8,
         chunk=config.chunk,
         action_size=indices[0].columns["action"].shape[1],
@@ -299,44 +243,83 @@ def make_spec(config, indices, cameras, labels, tokenizer):
         lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets,
         head_width=config.head_width,
-        gate=1.0 if config.backbone == "tiny" else 0.0,
+        gate=1.0 if config.backbone in SIZES else 0.0,  # a random backbone learns slower when images are gated off
     )
 
 
-def describe(index, cameras, stats):
-    """What evaluation must know of a data set: its statistics, how its images were stored, where its episodes start."""
-    entry = {"name": index.name, "fingerprint": index.fingerprint, "statistics": statistics_hash(stats),
-             "instructions": sorted(set(index.instructions)),
-             "cameras": {camera: index.jpeg_options(camera) for camera in cameras}}  # fmt: skip
+def describe_data(index, cameras, stats):
+    """Return what evaluation must know of a data set: statistics, how images were stored, where episodes start."""
+    entry = {
+        "name": index.name,
+        "fingerprint": index.fingerprint,
+        "statistics": statistics_hash(stats),
+        "instructions": sorted(set(index.instructions)),
+        "cameras": {camera: index.storage_options(camera) for camera in cameras},
+    }
     if "suite" in index.metadata:  # made by demos.py
-        suite, task, widen, seed = (index.metadata[name] for name in ("suite", "task", "widen", "seed"))
-        entry |= {
-            "suite": suite[0],
-            "tasks": sorted(set(task)),
-            "widen": round(widen[0], 6),
-            "seeds": [min(seed), max(seed)],
-        }
+        metadata = index.metadata
+        entry["suite"] = metadata["suite"][0]
+        entry["tasks"] = sorted(set(metadata["task"]))
+        entry["widen"] = round(metadata["widen"][0], 6)
+        entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
     note = index.directory.parent / "expert.json"
     if note.exists():
         entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
     return entry
 
 
-def choose_cameras(config, index):
-    """The cameras in their order: as asked for, else the main one first and, unless switched off, the wrist's."""
-    every = sorted(index.images, key=lambda name: ("wrist" in name, name))
-    return list(config.cameras) or [name for name in every if config.use_wrist_image or "wrist" not in name]
+@dataclass
+class Setup:
+    """What the loop needs."""
+
+    dataset: ActionChunks
+    held_out: list  # of each data set the steps i64 [n] of its held-out episodes
+    vla: VLA
+    tokenizer: nn.Module | None  # the action tokenizer, for la_tok
+    run: Path
+    resuming: bool
+    description: dict  # the content of config.json
 
 
-@torch.no_grad()
-def add_action_codes(batch, tokenizer):
-    """la_tok's targets: the action tokenizer's codes i64 [B, H, 1] and vectors f32 [B, H, 1, d] of the true chunk."""
-    codes, vectors = tokenizer.encode(batch["actions"], batch["valid"])
-    return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}
+def prepare(config, ranks):
+    """Open data and targets, build the model, create the run folder or find the run to resume; return `Setup`."""
+    check(config, ranks.world)
+    indices = open_indices(config.data, config.cache)
+    cameras = choose_cameras(config, indices[0])
+    stats = [statistics(index) for index in indices]
+    labels, tokenizer = load_targets(VARIANTS[config.variant].target, config, indices, stats)
+    splits = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
+    episodes = [training for training, _ in splits]
+    dataset = ActionChunks(indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, episodes)
+    held_out = [episode_steps(index, held) for index, (_, held) in zip(indices, splits)]
+    torch.manual_seed(config.seed)
+    vla = VLA(make_model_config(config, indices, cameras, labels, tokenizer)).to(ranks.device)
+    for index in indices:
+        vla.backbone.tokenise(set(index.instructions))  # raises, before a folder is made, when one is too long
+    description = {
+        "train": to_json(config),
+        "model": asdict(vla.config),
+        "base_hash": base_hash(vla),
+        "data": [describe_data(index, cameras, own) for index, own in zip(indices, stats)],
+        "targets": [{"fingerprint": part.fingerprint, "delta": part.delta} for part in labels or []],
+        "command": sys.argv,
+        "commit": git_commit(),
+        "torch": torch.__version__,
+    }
+    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
+    resuming = prepare_run(run, config.resume, ranks.main, description, "train", FREE_TO_CHANGE)
+    if ranks.main:
+        write_json(run / "dataset_statistics.json", {index.name: own for index, own in zip(indices, stats)})
+    tokenizer = tokenizer.to(ranks.device) if tokenizer else None
+    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description)
 
 
-def ready(batch, tokenizer, image_aug, device):
-    """A batch of the data as the model takes it: on its device, with la_tok's targets, and draws only to augment."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts of the loop
+
+
+def prepare_batch(batch, tokenizer, image_aug, device):
+    """Return a batch as the model takes it: on its device, with la_tok's targets, with draws only to augment."""
     batch = to_device(batch, device)
     if tokenizer:
         batch = add_action_codes(batch, tokenizer)
@@ -346,48 +329,20 @@ def ready(batch, tokenizer, image_aug, device):
 
 
 @torch.no_grad()
-def offenders(config, dataset, vla, tokenizer, step):
-    """`names` of the samples of a step whose loss alone is not finite; of all when there is none."""
-    rows, device = range(step * config.global_batch_size, (step + 1) * config.global_batch_size), vla.queries.device
-    with torch.compiler.set_stance("force_eager"):
-        alone = lambda row: vla(ready(default_collate([dataset[row]]), tokenizer, config.image_aug, device))["loss"]  # noqa: E731
-        return dataset.names([row for row in rows if not alone(row).isfinite()] or rows)
-
-
-def count_skipped(entries, skipped, config, dataset, vla, tokenizer):
-    """How many steps in a row were skipped, `skipped` before these lines of the log.
-
-    Raises FloatingPointError with the samples of the last one when they are `max_skipped`.
-    """
-    for entry in entries:
-        skipped = skipped + 1 if entry["skipped"] else 0
-        if skipped:
-            print0(f"WARNING: step {entry['step']} skipped: its loss or gradient is not finite")
-        if skipped == config.max_skipped:
-            found = offenders(config, dataset, vla, tokenizer, entry["step"])
-            raise FloatingPointError(
-                f"loss or gradient not finite in {skipped} steps in a row (--max-skipped). Look at step "
-                f"{entry['step']}: {found}. If nothing is wrong there, lower --learning-rate."
-            )
-    return skipped
-
-
-@torch.no_grad()
 def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
-    """Mean absolute error of the normalised actions on an even choice of held-out steps, over all processes.
+    """Return the mean absolute error of normalised actions on an even choice of held-out steps, over all processes.
 
     Never compiled: its batches have other sizes than those of training.
     """
     steps = [(number, int(step)) for number, chosen in enumerate(held_out) for step in chosen]
     steps = steps[:: max(1, len(steps) // samples)][ranks.rank :: ranks.world]
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # error, number of values
     vla.eval()
     for at in range(0, len(steps), batch_size):
-        batch = to_device(
-            default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]]), ranks.device
-        )
+        batch = default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]])
+        batch = to_device(batch, ranks.device)
         with torch.compiler.set_stance("force_eager"):
-            actions, _ = vla.run(batch)
+            actions, _ = vla.predict(batch)
         error = (actions - batch["actions"]).abs() * batch["valid"][:, :, None]
         total += torch.stack([error.sum(), batch["valid"].sum() * error.shape[2]])
     vla.train()
@@ -396,124 +351,133 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
 
 
 def write_log(log, pending, stop):
-    """Averages the waiting steps' losses over all processes in one go and writes one line per step.
+    """Average the waiting updates' losses over all processes in one exchange and write one line per update.
 
-    Returns the lines, whether any process says `stop`, and the samples/s that all agree on.
+    Return the lines, whether any process wants to `stop`, and the samples/s that all agree on. Empties `pending`.
     """
-    names = list(pending[0]["totals"])
-    values = torch.stack([torch.stack([entry["totals"][name].float() for name in names]) for entry in pending])
-    own = values.new_tensor([float(stop), pending[-1]["samples_per_s"]]).expand(len(pending), 2)
-    rows = all_mean(torch.cat([values, own], 1)).tolist()  # [steps, losses + 2]
-    entries = [entry | dict(zip(names, row)) for entry, row in zip(pending, rows)]
-    for entry in entries:
-        del entry["totals"]
-        log.write(**entry)
+    names = list(pending[0]["losses"])
+    values = torch.stack([torch.stack([entry["losses"][name].float() for name in names]) for entry in pending])
+    shared = values.new_tensor([float(stop), pending[-1]["samples_per_s"]]).expand(len(pending), 2)
+    means = all_mean(torch.cat([values, shared], 1)).tolist()  # [updates, losses + 2]
+    entries = []
+    for entry, row in zip(pending, means):
+        losses = dict(zip(names, row))
+        entries.append({name: value for name, value in entry.items() if name != "losses"} | losses)
+        log.write(**entries[-1])
     pending.clear()
-    return entries, rows[-1][-2] > 0, rows[-1][-1]
+    return entries, means[-1][-2] > 0, means[-1][-1]
 
 
-def setup(config, ranks):
-    """Everything the loop needs: data, targets, model, optimizer, run folder."""
-    check(config, ranks.world)
-    indices = open_indices(config.data, config.cache)
-    cameras = choose_cameras(config, indices[0])
-    stats = [statistics(index) for index in indices]
-    labels, tokenizer = load_targets(config, indices, stats)
-    split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
-    dataset = Chunks(
-        indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, [kept for kept, _ in split]
-    )
-    held_out = [steps_of(index, held) for index, (_, held) in zip(indices, split)]
-    torch.manual_seed(config.seed)
-    vla = VLA(make_spec(config, indices, cameras, labels, tokenizer)).to(ranks.device)
-    vla.backbone.tokenise([text for index in indices for text in set(index.instructions)])  # too long? before a folder
-    description = {
-        "train": plain(config),
-        "model": asdict(vla.spec),
-        "base_hash": base_hash(vla),
-        "data": [describe(index, cameras, found) for index, found in zip(indices, stats)],
-        "targets": [{"fingerprint": found.fingerprint, "delta": found.delta} for found in labels or []],
-        "command": sys.argv,
-        "commit": commit(),
-        "torch": torch.__version__,
-    }
-    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
-    resuming = prepare_run(run, config.resume, ranks.main, description, "train", FREE_TO_CHANGE)
-    if ranks.main:
-        write_json(run / "dataset_statistics.json", {index.name: s for index, s in zip(indices, stats)})
-    return dataset, held_out, vla, tokenizer.to(ranks.device) if tokenizer else None, run, resuming, description
+def count_skipped(entries, skipped, config, setup):
+    """Return the number of updates skipped in a row, `skipped` before these lines of the log.
+
+    Raise FloatingPointError naming the samples of the last one when they are `max_skipped`.
+    """
+    for entry in entries:
+        skipped = skipped + 1 if entry["skipped"] else 0
+        if skipped:
+            print0(f"WARNING: step {entry['step']} skipped: its loss or gradient is not finite")
+        if skipped == config.max_skipped:
+            samples = nonfinite_samples(config, setup, entry["step"])
+            raise FloatingPointError(
+                f"loss or gradient not finite in {skipped} steps in a row (--max-skipped). Look at step "
+                f"{entry['step']}: {samples}. If nothing is wrong there, lower --learning-rate."
+            )
+    return skipped
 
 
-@explained
+@torch.no_grad()
+def nonfinite_samples(config, setup, step):
+    """Return where the samples of an update lie whose own loss is not finite; all of them when there is none."""
+    positions = range(step * config.global_batch_size, (step + 1) * config.global_batch_size)
+    faulty = []
+    for position in positions:
+        sample = default_collate([setup.dataset[position]])
+        batch = prepare_batch(sample, setup.tokenizer, config.image_aug, setup.vla.queries.device)
+        with torch.compiler.set_stance("force_eager"):
+            if not setup.vla(batch)["loss"].isfinite():
+                faulty.append(position)
+    return setup.dataset.describe_samples(faulty or positions)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@report_worker_failures
 def main(config):
-    """Trains one run; returns its folder."""
-    ranks = start_ranks(config.timeout)
-    if ranks.device.type == "cuda":
-        check_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    dataset, held_out, vla, tokenizer, run, resuming, description = setup(config, ranks)
+    """Train one run and return its folder."""
+    ranks = init_distributed(config.timeout)
+    cuda = ranks.device.type == "cuda"
+    if cuda:
+        check_bf16_support(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    setup = prepare(config, ranks)
+    vla, dataset, run = setup.vla, setup.dataset, setup.run
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
-    first = restore_training(run, vla, optimizer) if resuming else 0
+    first = restore_training(run, vla, optimizer) if setup.resuming else 0
     vla.backbone.checkpointing = config.gradient_checkpointing
     if config.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph, also under checkpointing; LoRA's gradients are small
-        vla.act = torch.compile(vla.act, fullgraph=True, dynamic=False)
+        vla.forward_pass = torch.compile(vla.forward_pass, fullgraph=True, dynamic=False)
+    ddp = distribute(vla, ranks)
+
     share = config.global_batch_size // ranks.world
-    micro = config.per_device_batch_size or share
-    accumulation = share // micro
+    micro_batch = config.per_device_batch_size or share
+    accumulation = share // micro_batch
     steps = config.max_steps
     if config.epochs > 0:
         steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
     if ranks.main and first == steps:  # killed between the two files of the last save
         save_tensors(run / "model.safetensors", trainable_tensors(vla), step=first)
-    sampler = StepBatches(first, steps, config.global_batch_size, micro, ranks.rank, ranks.world)
-    cuda = ranks.device.type == "cuda"
-    workers = data_workers(config.num_workers, config.timeout)
+    sampler = StepBatchSampler(first, steps, config.global_batch_size, micro_batch, ranks.rank, ranks.world)
+    workers = worker_options(config.num_workers, config.timeout)
     batches = iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=cuda, **workers))
-    ddp = distribute(vla, ranks)
-    log = Log(run, ranks.main, first, config.wandb_project, description)
-    trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    log = Log(run, ranks.main, first, config.wandb_project, setup.description)
+    trained = sum(parameter.numel() for parameter in vla.parameters() if parameter.requires_grad)
     print0(
         f"{config.variant}: {trained:,} trained parameters, {dataset.epoch_length:,} samples an epoch, "
         f"{steps} steps of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
     )
 
-    meter, pending, log_every, skipped, sigterm, stopping = Meter(), [], 1, 0, note_sigterm(), False
+    meter = Meter()
+    sigterm = catch_sigterm()
+    pending = []  # log entries whose losses were not exchanged yet
+    log_every, skipped, stopping = 1, 0, False
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
     for step in bar:
-        lr = learning_rate(
-            step, steps, config.learning_rate, config.lr_scheduler, config.warmup_ratio, config.lr_decay_every
-        )
+        schedule = config.lr_scheduler, config.warmup_ratio, config.lr_decay_every
+        lr = learning_rate(step, steps, config.learning_rate, *schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         totals = {}
         for part in range(accumulation):
-            batch = ready(next(batches), tokenizer, config.image_aug, ranks.device)
-            wait = nullcontext() if ranks.world == 1 or part == accumulation - 1 else ddp.no_sync()
-            with wait:
+            batch = prepare_batch(next(batches), setup.tokenizer, config.image_aug, ranks.device)
+            last_part = part == accumulation - 1
+            with nullcontext() if ranks.world == 1 or last_part else ddp.no_sync():
                 losses = ddp(batch)
                 spread = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
                 (losses["loss"] * spread / accumulation).backward()
             totals = {name: totals.get(name, 0) + value.detach() / accumulation for name, value in losses.items()}
 
         totals["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
-        totals["skipped"] = optimizer.found_inf = (~totals["grad_norm"].isfinite()).float()  # then step() does nothing
+        totals["skipped"] = (~totals["grad_norm"].isfinite()).float()
+        optimizer.found_inf = totals["skipped"]  # when 1, step() changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        pending.append(
-            {"step": step, "lr": lr, "samples_per_s": meter.tick(config.global_batch_size), "totals": totals}
-        )
-        validating = any(map(len, held_out)) and (done % config.val_every == 0 or done == steps)
+        speed = meter.tick(config.global_batch_size)
+        pending.append({"step": step, "lr": lr, "samples_per_s": speed, "losses": totals})
+        validating = any(map(len, setup.held_out)) and (done % config.val_every == 0 or done == steps)
         if validating:
-            pending[-1]["val_action_l1"] = validate(vla, dataset, held_out, ranks)
+            pending[-1]["val_action_l1"] = validate(vla, dataset, setup.held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
         if validating or saving or len(pending) >= log_every:
-            entries, stopping, rate = write_log(log, pending, sigterm.is_set())
-            log_every = max(1, min(LOG_EVERY, int(5 * rate / config.global_batch_size)))
+            entries, stopping, speed = write_log(log, pending, sigterm.is_set())
+            log_every = max(1, min(LOG_EVERY, int(5 * speed / config.global_batch_size)))
+            skipped = count_skipped(entries, skipped, config, setup)
             shown = entries[-1]
-            skipped = count_skipped(entries, skipped, config, dataset, vla, tokenizer)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
         if ranks.main and (saving or stopping):
             last = stopping or done == steps
@@ -522,9 +486,9 @@ def main(config):
             break
 
     log.close()
-    stop_ranks()
+    shutdown_distributed()
     if stopping:
-        print0(f"SIGTERM: saved after {done} of {steps} steps. Go on: the same command with --out {run} --resume")
+        print0(f"SIGTERM: saved after {done} of {steps} steps. Continue: the same command with --out {run} --resume")
     else:
         print0(f"run: {run}\nnext: python eval.py {run}")
     return run

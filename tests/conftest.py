@@ -23,16 +23,25 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models gain nothing from more threads
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.replace("\\\n", " ").strip().splitlines()]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/README.md"]
+BLOCKS = [block for path in DOCUMENTS for block in re.findall(r"```(\w*)\n(.*?)```", path.read_text(), re.S)]
 TEXTS = {1: "put the bowl on the stove", 8: "put the bowl on the plate"}  # libero_goal task -> instruction
 
 
+def fenced_commands():
+    """Return the commands in the documents' fenced blocks without a language, each once, without the installation."""
+    lines = [line for kind, text in BLOCKS if not kind for line in text.replace("\\\n", " ").strip().splitlines()]
+    return list(dict.fromkeys(" ".join(line.split(" && ")[-1].split()) for line in lines))
+
+
+COMMANDS = fenced_commands()
+
+
 def printed(start):
-    """The README's one command that is this, or begins like this, without the installation; as a list of words."""
-    commands = [line.split(" && ")[-1] for line in COMMANDS]
-    (found,) = [c for c in commands if c == start] or [c for c in commands if c.startswith(start)]
-    return shlex.split(found)
+    """Return the documents' one command that is `start`, or begins with it, as a list of arguments."""
+    matches = [c for c in COMMANDS if c == start] or [c for c in COMMANDS if c.startswith(start)]
+    assert len(matches) == 1, f"{len(matches)} commands of the documents begin with {start!r}"
+    return shlex.split(matches[0])
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +59,7 @@ def sim():
 
 
 def picture(background, square, quality):
-    """JPEG bytes, 96 x 96: a plain background with a bright square at (row, column)."""
+    """Return an image as JPEG bytes, 96 x 96: one background colour with a bright square at (row, column)."""
     pixels = np.full((96, 96, 3), background, np.uint8)
     pixels[square[0] : square[0] + 20, square[1] : square[1] + 20] = (220, 200, 40)
     buffer = io.BytesIO()
@@ -59,82 +68,88 @@ def picture(background, square, quality):
 
 
 def episode(number, rng, latents):
-    """One episode of smooth motion; rotation about x never moves, the gripper closes half-way."""
-    length, task, colour = int(rng.integers(14, 26)), (1, 8)[number % 2], rng.integers(0, 200, 3)
-    phase, steps = rng.uniform(0, 6, 7), []
+    """Return (key, episode) of smooth motion; rotation about x never moves, the gripper closes half-way."""
+    length = int(rng.integers(14, 26))
+    task = (1, 8)[number % 2]
+    colour = rng.integers(0, 200, 3)
+    phase = rng.uniform(0, 6, 7)
+    steps = []
     for t in range(length):
         action = 0.5 * np.sin(phase + 0.3 * t)
-        action[3], action[6] = 0.0, 1.0 if 2 * t > length else -1.0
-        views = {
-            "image": picture(colour, (2 * t, 20 + 20 * (task == 8)), 85),
-            "wrist_image": picture(255 - colour, (40, 2 * t), 70),
-        }
-        observation = {name: io.BytesIO(jpeg) for name, jpeg in views.items()}
-        observation |= {
-            "state": np.cos(phase[0] + 0.1 * t * np.arange(8)).astype(np.float32),
-            "joint_state": np.zeros(7, np.float32),
-        }
-        ends = {"is_first": t == 0, "is_last": t == length - 1, "is_terminal": t == length - 1}
+        action[3] = 0.0
+        action[6] = 1.0 if 2 * t > length else -1.0
         step = {
-            "observation": observation,
+            "observation": {
+                "image": io.BytesIO(picture(colour, (2 * t, 20 + 20 * (task == 8)), 85)),
+                "wrist_image": io.BytesIO(picture(255 - colour, (40, 2 * t), 70)),
+                "state": np.cos(phase[0] + 0.1 * t * np.arange(8)).astype(np.float32),
+                "joint_state": np.zeros(7, np.float32),
+            },
             "action": action.astype(np.float32),
             "language_instruction": TEXTS[task],
-            **ends,
+            "is_first": t == 0,
+            "is_last": t == length - 1,
+            "is_terminal": t == length - 1,
+            "reward": float(t == length - 1),
+            "discount": 1.0,
         }
-        step |= {"reward": float(t == length - 1), "discount": 1.0}
         if latents:
-            step |= {
-                "latent_idx": rng.integers(0, 16, 4).astype(np.float32),
-                "latent_z": rng.normal(size=512).astype(np.float32),
-            }
+            step["latent_idx"] = rng.integers(0, 16, 4).astype(np.float32)
+            step["latent_z"] = rng.normal(size=512).astype(np.float32)
         steps.append(step)
-    about = {
+    metadata = {
         "file_path": f"made/{number}",
         "seed": 10_000 + number,
         "task": task,
         "suite": "libero_goal",
         "widen": 0.06,
+        "state": rng.normal(size=5 + number % 2),
     }
-    return f"{number:05d}", {"steps": steps, "episode_metadata": about | {"state": rng.normal(size=5 + number % 2)}}
+    return f"{number:05d}", {"steps": steps, "episode_metadata": metadata}
+
+
+def rlds_features(latents):
+    """Return the features of modified_libero_rlds, with those of the paper's release if `latents`."""
+    from tensorflow_datasets import features
+
+    def vector(size, dtype=np.float32):
+        return features.Tensor(shape=(size,), dtype=dtype)
+
+    def image():
+        return features.Image(shape=(96, 96, 3), encoding_format="jpeg")
+
+    observation = {"image": image(), "wrist_image": image(), "state": vector(8), "joint_state": vector(7)}
+    step = {
+        "observation": features.FeaturesDict(observation),
+        "action": vector(7),
+        "language_instruction": features.Text(),
+    }
+    step |= {name: features.Scalar(np.bool_) for name in ("is_first", "is_last", "is_terminal")}
+    step |= {name: features.Scalar(np.float32) for name in ("reward", "discount")}
+    if latents:
+        step |= {"latent_idx": vector(4), "latent_z": vector(512)}
+    metadata = {
+        "file_path": features.Text(),
+        "seed": features.Scalar(np.int64),
+        "task": features.Scalar(np.int64),
+        "suite": features.Text(),
+        "widen": features.Scalar(np.float32),
+        "state": vector(None, np.float64),
+    }
+    return features.FeaturesDict({"steps": features.Dataset(step), "episode_metadata": features.FeaturesDict(metadata)})
 
 
 def write_rlds(folder, name="made", episodes=8, seed=0, latents=False):
-    """An RLDS data set of two shards in the features of modified_libero_rlds; returns its folder."""
+    """Write an RLDS data set of two shards in the features of modified_libero_rlds; return its folder."""
     import tensorflow_datasets as tfds
 
-    image = {"shape": (96, 96, 3), "encoding_format": "jpeg"}
-    tensor = lambda size, dtype=np.float32: tfds.features.Tensor(shape=(size,), dtype=dtype)  # noqa: E731
-    scalar, text = tfds.features.Scalar, tfds.features.Text
-    observation = {
-        "image": tfds.features.Image(**image),
-        "wrist_image": tfds.features.Image(**image),
-        "state": tensor(8),
-        "joint_state": tensor(7),
-    }
-    step = {"observation": tfds.features.FeaturesDict(observation), "action": tensor(7), "language_instruction": text()}
-    step |= {key: scalar(np.bool_) for key in ("is_first", "is_last", "is_terminal")} | {
-        "reward": scalar(np.float32),
-        "discount": scalar(np.float32),
-    }
-    step |= {"latent_idx": tensor(4), "latent_z": tensor(512)} if latents else {}
-    about = {
-        "file_path": text(),
-        "seed": scalar(np.int64),
-        "task": scalar(np.int64),
-        "suite": text(),
-        "widen": scalar(np.float32),
-        "state": tensor(None, np.float64),
-    }
-    features = tfds.features.FeaturesDict(
-        {"steps": tfds.features.Dataset(step), "episode_metadata": tfds.features.FeaturesDict(about)}
-    )
     rng = np.random.default_rng(seed)
-    made = [episode(number, rng, latents) for number in range(episodes)]
+    written = [episode(number, rng, latents) for number in range(episodes)]
     tfds.dataset_builders.store_as_tfds_dataset(
         name,
         "1.0.0",
-        features,
-        split_datasets={"train": made},
+        rlds_features(latents),
+        split_datasets={"train": written},
         data_dir=folder,
         download_config=tfds.download.DownloadConfig(num_shards=2),
     )
@@ -142,34 +157,40 @@ def write_rlds(folder, name="made", episodes=8, seed=0, latents=False):
 
 
 def read_rlds(folder):
-    """[(metadata, steps)] of all episodes as tensorflow-datasets reads them, shard after shard; images stay bytes."""
+    """Return [(metadata, steps)] of all episodes as tensorflow-datasets reads them, in order; images stay bytes."""
     import tensorflow_datasets as tfds
 
     skip = {"steps": {"observation": {camera: tfds.decode.SkipDecoding() for camera in ("image", "wrist_image")}}}
     in_order = tfds.ReadConfig(interleave_cycle_length=1)
-    found = tfds.builder_from_directory(folder / "1.0.0").as_dataset("train", decoders=skip, read_config=in_order)
-    about = [{name: value.numpy() for name, value in e["episode_metadata"].items()} for e in found]
-    return list(zip(about, (list(e["steps"].as_numpy_iterator()) for e in found)))
+    episodes = tfds.builder_from_directory(folder / "1.0.0").as_dataset("train", decoders=skip, read_config=in_order)
+    contents = []
+    for e in episodes:
+        metadata = {name: value.numpy() for name, value in e["episode_metadata"].items()}
+        contents.append((metadata, list(e["steps"].as_numpy_iterator())))
+    return contents
 
 
 def write_video(folder):
-    """An RLDS data set of three episodes, of 9, 1 and 14 frames, without actions, states or instructions."""
+    """Write an RLDS data set of three episodes, of 9, 1 and 14 frames, without actions, states or instructions."""
     import tensorflow_datasets as tfds
+
+    def step(t):
+        return {"observation": {"image": io.BytesIO(picture((9, 90, 60), (4 * t, 3 * t), 80))}}
 
     views = {"observation": tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(96, 96, 3))})}
     features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(views)})
-    shots = lambda t: {"observation": {"image": io.BytesIO(picture((9, 90, 60), (4 * t, 3 * t), 80))}}  # noqa: E731
-    made = [(f"{n}", {"steps": [shots(t + n) for t in range(length)]}) for n, length in enumerate((9, 1, 14))]
+    written = [(f"{n}", {"steps": [step(t + n) for t in range(length)]}) for n, length in enumerate((9, 1, 14))]
     tfds.dataset_builders.store_as_tfds_dataset(
-        "video", "1.0.0", features, split_datasets={"train": made}, data_dir=folder
+        "video", "1.0.0", features, split_datasets={"train": written}, data_dir=folder
     )
     return folder / "video"
 
 
 def write_all(folder):
-    """8 episodes without labels; 4 with labels as in the paper's release; what tensorflow-datasets reads of the 8;
-    and video alone."""
-    made, released = write_rlds(folder), write_rlds(folder, "released", 4, 1, True)
+    """Return the folders of 8 episodes without labels and of 4 with labels as in the paper's release, what
+    tensorflow-datasets reads of the 8, and the folder of video alone."""
+    made = write_rlds(folder)
+    released = write_rlds(folder, "released", 4, 1, True)
     return made, released, read_rlds(made), write_video(folder)
 
 
@@ -218,38 +239,49 @@ def index(rlds, cache):
     return open_index(rlds, cache)
 
 
+@pytest.fixture(scope="session")
+def stats(index):
+    """The statistics of `rlds`."""
+    from normalise import statistics
+
+    return statistics(index)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Demonstrations that the README's command made
+# Demonstrations that the command in docs/data.md made
 
 
 @pytest.fixture(scope="session")
 def interrupted(tmp_path_factory):
-    """The README's command, for two episodes with small images, killed (kill -9) after attempt 1; attempt 0 had failed.
-    Its config, its words, and the arrays of attempt 1 as they were at its death."""
+    """The demonstrations' command, for two small episodes, killed (kill -9) after attempt 1; attempt 0 had failed.
+
+    Its config, the command, and the arrays of attempt 1 as they were when it was killed.
+    """
     import tyro
 
     import demos
 
     small = {"--task-ids": 8, "--episodes": 2, "--trials": 2, "--image-size": 32, "--procs": 1}
     small["--out"] = tmp_path_factory.mktemp("demos") / "tiny_rlds"
-    words = [sys.executable, *printed("python demos.py")[1:], *(str(word) for pair in small.items() for word in pair)]
-    config = tyro.cli(demos.Config, args=words[2:])
+    flags = [str(part) for pair in small.items() for part in pair]
+    command = [sys.executable, *printed("python demos.py")[1:], *flags]
+    config = tyro.cli(demos.Config, args=command[2:])
     demos.resume(config)
-    demos.stage(demos.staging(config) / "8_0.npz", None)
-    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+    demos.save_attempt(demos.staging(config) / "8_0.npz", None)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         while not (demos.staging(config) / "8_1.npz").exists():
             assert process.poll() is None
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     assert not config.out.exists()
     with np.load(demos.staging(config) / "8_1.npz") as arrays:
-        return SimpleNamespace(config=config, words=words, arrays=dict(arrays))
+        return SimpleNamespace(config=config, command=command, arrays=dict(arrays))
 
 
 @pytest.fixture(scope="session")
 def demonstrations(interrupted):
     """The same command again: its data set's folder, and what it printed."""
-    done = subprocess.run(interrupted.words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(interrupted.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return interrupted.config.out, done.stdout
 
@@ -260,12 +292,13 @@ def demonstrations(interrupted):
 
 @pytest.fixture(scope="session")
 def labels(index, tmp_path_factory):
-    """Random image-based latent labels of `rlds`, as `latent.py label` writes them."""
+    """Random image-based latent labels of `rlds`, as `label.py` writes them."""
     import torch
 
-    from common import save_tensors
+    from checkpoint import save_tensors
 
-    path, rng = tmp_path_factory.mktemp("labels") / "labels.safetensors", np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("labels") / "labels.safetensors"
+    rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 16, (len(index), 4), dtype=np.uint8))
     vectors = torch.from_numpy(rng.normal(size=(len(index), 4, 16))).half()
     save_tensors(path, {"codes": codes, "vectors": vectors}, data=index.fingerprint, lam="made", delta=32, num_codes=16)
@@ -274,17 +307,17 @@ def labels(index, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(rlds, cache, tmp_path_factory):
-    """Folder of an action tokenizer that latent.py trained on `rlds` for two steps."""
+    """Folder of an action tokenizer that train_latent.py trained on `rlds` for two updates."""
     import torch
 
-    import latent
+    import train_latent
     from common import Ranks
 
     out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    config = latent.Tokenizer(
+    config = train_latent.TokenizerTraining(
         data=[rlds], out=out, cache=cache, max_steps=2, global_batch_size=16, num_codes=16, code_dim=16
     )
-    latent.train(config, Ranks(0, 1, torch.device("cpu")))
+    train_latent.train(config, Ranks(0, 1, torch.device("cpu")))
     return out
 
 
@@ -396,12 +429,12 @@ def checkpoint(tmp_path_factory):
     import torch
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
 
-    import model
+    import tiny
 
     def make(dtype):
-        folder, tokenizer = tmp_path_factory.mktemp("qwen"), model.tiny_tokenizer()
+        folder, tokenizer = tmp_path_factory.mktemp("qwen"), tiny.tiny_tokenizer()
         torch.manual_seed(7)
-        Qwen3VLForConditionalGeneration(model.tiny_config(tokenizer)).to(dtype).save_pretrained(folder)
+        Qwen3VLForConditionalGeneration(tiny.tiny_config(tokenizer)).to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 

@@ -1,4 +1,4 @@
-"""Damaged files against the record reader and the loader of run directories; not run by pytest.
+"""Feeds damaged files to the record reader and to the loader of run directories; pytest runs a few hundred inputs.
 
     python tests/fuzz.py --inputs 100000 --seed 0    # about 10 minutes on one core
     python tests/fuzz.py --inputs 1 --first 4711     # that input alone
@@ -28,7 +28,9 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
+import backbone
+import normalise
+import rlds
 
 SECONDS = 5  # of CPU time, allowed for one input
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # files that no disk has to keep
@@ -60,39 +62,41 @@ class Config:
 
 
 def varint(number):
-    """A protobuf varint of an integer >= 0."""
+    """Return an integer >= 0 as a protobuf varint."""
     parts = [number >> shift & 0x7F for shift in range(0, max(1, number.bit_length()), 7)]
     return bytes([part | 0x80 for part in parts[:-1]] + parts[-1:])
 
 
-def message(number, content):
-    """A length-delimited protobuf field."""
+def length_delimited(number, content):
+    """Return some bytes as a length-delimited protobuf field with this number."""
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def example(features):
-    """A tf.train.Example of {name: list of bytes, f32 array or int array}."""
+    """Return the serialized tf.train.Example of {name: list of bytes, f32 array or int array}."""
     entries = []
     for name, value in features.items():
         if isinstance(value, list):
-            feature = message(1, b"".join(message(1, part) for part in value))
+            feature = length_delimited(1, b"".join(length_delimited(1, part) for part in value))
         elif value.dtype.kind == "f":
-            feature = message(2, message(1, value.astype("<f4").tobytes()))
+            feature = length_delimited(2, length_delimited(1, value.astype("<f4").tobytes()))
         else:
-            feature = message(3, message(1, b"".join(varint(int(n) & (1 << 64) - 1) for n in value.ravel())))
-        entries.append(message(1, message(1, name.encode()) + message(2, feature)))
-    return message(1, b"".join(entries))
+            numbers = b"".join(varint(int(n) & (1 << 64) - 1) for n in value.ravel())
+            feature = length_delimited(3, length_delimited(1, numbers))
+        entry = length_delimited(1, name.encode()) + length_delimited(2, feature)
+        entries.append(length_delimited(1, entry))
+    return length_delimited(1, b"".join(entries))
 
 
 def record(payload, length=None):
-    """A TFRecord with right checksums; `length`: what its header says instead of the payload's own."""
+    """Return a TFRecord with right checksums. length: what its header states instead of the payload's own length."""
     header = struct.pack("<Q", len(payload) if length is None else length)
-    crcs = (struct.pack("<I", data.masked_crc(part)) for part in (header, payload))
-    return header + next(crcs) + payload + next(crcs)
+    header_crc, payload_crc = (struct.pack("<I", rlds.masked_crc(part)) for part in (header, payload))
+    return header + header_crc + payload + payload_crc
 
 
 def episode(steps=3):
-    """The features of an episode as `FEATURES` has them."""
+    """Return the features of an episode as `FEATURES` has them."""
     return {
         "steps/observation/image": [bytes(range(20 + n)) for n in range(steps)],
         "steps/action": np.arange(2 * steps, dtype=np.float32),
@@ -108,28 +112,30 @@ PAYLOADS = [example(episode(steps)) for steps in (0, 1, 3, 3)]
 
 
 def write_run(folder):
-    """A run of the tiny model with random weights, as far as loading reads it."""
+    """Write a run of the tiny model with random weights, as far as loading reads it."""
     import model
-    from common import save_tensors, trainable_tensors, write_json
+    from checkpoint import save_tensors, trainable_tensors, write_json
 
-    vla = model.VLA(model.Spec("la_cond", "tiny", 1, 32, 24, 2, 7, 8, code_dim=8, gate=1.0))
-    rows = {name: [0.5] * 7 for name in ("mean", "std", "min", "max", "q01", "q99")}
-    stats = {"action": rows | {"mask": [True] * 6 + [False]}, "proprio": rows, "num_transitions": 9}
-    entry = {"name": "made", "statistics": data.statistics_hash(stats), "cameras": {"image": {}}}
+    vla = model.VLA(model.ModelConfig("la_cond", "tiny", 1, 32, 24, 2, 7, 8, code_dim=8, gate=1.0))
+    column = {name: [0.5] * 7 for name in ("mean", "std", "min", "max", "q01", "q99")}
+    stats = {"action": column | {"mask": [True] * 6 + [False]}, "proprio": column, "num_transitions": 9}
+    entry = {"name": "made", "statistics": normalise.statistics_hash(stats), "cameras": {"image": {}}}
     save_tensors(folder / "model.safetensors", trainable_tensors(vla))
     write_json(folder / "dataset_statistics.json", {"made": stats})
-    write_json(folder / "config.json", {"model": asdict(vla.spec), "base_hash": model.base_hash(vla), "data": [entry]})
+    config = {"model": asdict(vla.config), "base_hash": backbone.base_hash(vla), "data": [entry]}
+    write_json(folder / "config.json", config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Mutations
 
 
-def damaged(rng, content):
-    """Some bytes with one to four mutations: bits, bytes, lengths, spans removed, doubled or cut off."""
+def damage_bytes(rng, content):
+    """Return some bytes after one to four mutations: bits, bytes, lengths, spans removed, doubled or cut off."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        at, size = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 8, 64))
+        at = rng.randrange(len(content) + 1)
+        size = rng.choice((1, 2, 4, 8, 64))
         kind = rng.randrange(8)
         if kind == 0 and at < len(content):
             content[at] ^= 1 << rng.randrange(8)
@@ -150,28 +156,28 @@ def damaged(rng, content):
     return bytes(content)
 
 
-def shard(rng):
-    """A damaged shard; in half of the cases behind right checksums."""
+def damaged_shard(rng):
+    """Return the bytes of a damaged shard; in half of the cases its checksums are right."""
     payloads = rng.choices(PAYLOADS, k=2)
     if rng.random() < 0.5:
-        return damaged(rng, b"".join(map(record, payloads)))
+        return damage_bytes(rng, b"".join(map(record, payloads)))
     if rng.random() < 0.3:  # features exchanged as a whole
         features = episode(2)
         features[rng.choice(list(features))] = rng.choice(list(episode(rng.randrange(4)).values()))
         return record(example(features)) + record(payloads[0])
     length = rng.choice((0, 1, 2**31, 2**63, 2**64 - 1)) if rng.random() < 0.1 else None
-    return record(payloads[0]) + record(damaged(rng, payloads[1]), length)
+    return record(payloads[0]) + record(damage_bytes(rng, payloads[1]), length)
 
 
-def odd_value(rng):
-    """A JSON value that is not what it should be."""
+def wrong_value(rng):
+    """Return a JSON value that is not what it should be."""
     numbers = (-1, 0, 1, 3, 1000, 2**31, 2**63, 10**30, -0.5, 1e308, float("nan"), float("inf"))
     others = (None, True, "", "no such backbone", "\0", "F32", "tiny", [], [[]], {}, [1, 2**62], ["a", 1], {"a": 1})
     return rng.choice(numbers) if rng.random() < 0.6 else copy.deepcopy(rng.choice(others))
 
 
-def damaged_json(rng, content):
-    """A copy of a JSON value in which one to three entries, at any depth, are exchanged, removed or added."""
+def damage_json(rng, content):
+    """Return a copy of a JSON value in which one to three entries, at any depth, are exchanged, removed or added."""
     content = copy.deepcopy(content)
     for _ in range(rng.randint(1, 3)):
         node = content
@@ -186,38 +192,39 @@ def damaged_json(rng, content):
             if rng.random() < 0.2:
                 del node[key]
             else:
-                node[key] = odd_value(rng)
+                node[key] = wrong_value(rng)
             break
         if isinstance(node, dict) and rng.random() < 0.1:
-            node[rng.choice(("extra", "", "text_length"))] = odd_value(rng)
+            node[rng.choice(("extra", "", "text_length"))] = wrong_value(rng)
     return content
 
 
-def run_files(rng, files):
-    """{name: content} of a run directory of which one file is damaged, from the valid ones."""
+def damaged_run(rng, files):
+    """Return {name: content} of a run directory of which one file is damaged; files: that of a valid one."""
     name = rng.choice(list(files))
     if rng.random() < 0.02:
         return {n: content for n, content in files.items() if n != name}
     if name == "model.safetensors":
         (size,) = struct.unpack("<Q", files[name][:8])
-        header, rest = files[name][8 : 8 + size], files[name][8 + size :]
+        header = files[name][8 : 8 + size]
+        rest = files[name][8 + size :]
         if rng.random() < 0.5:
-            return files | {name: damaged(rng, files[name][: 8 + size]) + rest}
+            return files | {name: damage_bytes(rng, files[name][: 8 + size]) + rest}
         if rng.random() < 0.2:
             return files | {name: files[name][: rng.randrange(len(files[name]))]}
-        header = json.dumps(damaged_json(rng, json.loads(header))).encode()
+        header = json.dumps(damage_json(rng, json.loads(header))).encode()
         return files | {name: struct.pack("<Q", len(header)) + header + rest}
     if rng.random() < 0.3:
-        return files | {name: damaged(rng, files[name])}
+        return files | {name: damage_bytes(rng, files[name])}
     if name == "config.json" and rng.random() < 0.4:
         config = json.loads(files[name])
         sizes = [key for key, value in config["model"].items() if type(value) is int]
         config["model"] |= {key: rng.choice(SIZES) for key in rng.sample(sizes, rng.randint(1, 2))}
         return files | {name: json.dumps(config).encode()}
-    changed = {name: damaged_json(rng, json.loads(files[name]))}
+    changed = {name: damage_json(rng, json.loads(files[name]))}
     if name == "dataset_statistics.json" and rng.random() < 0.5 and "made" in changed[name]:  # with the hash to match
         changed["config.json"] = json.loads(files["config.json"])
-        changed["config.json"]["data"][0]["statistics"] = data.statistics_hash(changed[name]["made"])
+        changed["config.json"]["data"][0]["statistics"] = normalise.statistics_hash(changed[name]["made"])
     return files | {name: json.dumps(content).encode() for name, content in changed.items()}
 
 
@@ -229,18 +236,23 @@ class Hang(BaseException):
     """Raised by the timer; no loader catches it."""
 
 
-def on_alarm(*_):
+def raise_hang(*_):
+    """Raise `Hang`: the handler of the timer's signal."""
     raise Hang(f"more than {SECONDS} s of CPU")
 
 
-def finding(function, objects, memory):
-    """What is wrong with calling `function`, as text, or "": an exception that is not allowed, time, or bytes beyond
-    `objects` of Python objects (if they are traced) or `memory` more of the whole process than it ever took."""
-    before, traced = peak(), tracemalloc.is_tracing()
+def check_call(function, objects, memory):
+    """Return what is wrong with calling `function`, as text, or "".
+
+    Wrong is an exception that is not allowed, more than `SECONDS` of CPU time, more than `objects` bytes of Python
+    objects (if they are traced), or a process that grows by more than `memory` bytes beyond its peak so far.
+    """
+    before = peak_memory()
+    traced = tracemalloc.is_tracing()
     if traced:
         tracemalloc.reset_peak()
         objects += tracemalloc.get_traced_memory()[0]
-    signal.signal(signal.SIGPROF, on_alarm)
+    signal.signal(signal.SIGPROF, raise_hang)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         function()
@@ -252,69 +264,77 @@ def finding(function, objects, memory):
         signal.setitimer(signal.ITIMER_PROF, 0)
     if traced and tracemalloc.get_traced_memory()[1] > objects:
         return f"{tracemalloc.get_traced_memory()[1]} bytes of Python objects"
-    return f"the process grows by {peak() - before} bytes" if peak() - before > memory else ""
+    growth = peak_memory() - before
+    return f"the process grows by {growth} bytes" if growth > memory else ""
 
 
-def peak():
-    """The most bytes that this process has taken so far."""
+def peak_memory():
+    """Return the most bytes that this process has taken so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def read_shard(path):
-    """What the check does with a shard, to its end; then raises what indexing would."""
-    faults = []
-    data._scan({path: 2}, FEATURES, b"", lambda fault, trains=False: trains or faults.append(fault))
-    if faults:
-        raise faults[0]
+    """Read a shard to its end, as `data.py --check` does; then raise the first error, as indexing does."""
+    errors = []
+
+    def on_fault(fault, warning=False):
+        if not warning:
+            errors.append(fault)
+
+    rlds.scan_shards({path: 2}, FEATURES, b"", on_fault)
+    if errors:
+        raise errors[0]
 
 
 def fuzz_shards(numbers, seed):
-    """[(number, finding)] of the damaged shards with these numbers."""
-    found = []
+    """Return [(number, finding)] of the damaged shards with these numbers."""
+    findings = []
     tracemalloc.start()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         path = Path(folder) / "shard"
         for number in numbers:
-            path.write_bytes(shard(random.Random(f"{seed} {number}")))
+            path.write_bytes(damaged_shard(random.Random(f"{seed} {number}")))
             size = path.stat().st_size
-            found.append((number, finding(lambda: read_shard(path), 64 * size + (64 << 10), 128 << 20)))
+            findings.append((number, check_call(lambda: read_shard(path), 64 * size + (64 << 10), 128 << 20)))
     tracemalloc.stop()
-    return [(number, what) for number, what in found if what]
+    return [(number, finding) for number, finding in findings if finding]
 
 
 def fuzz_runs(numbers, seed):
-    """[(number, finding)] of the damaged run directories with these numbers."""
-    from model import Policy
+    """Return [(number, finding)] of the damaged run directories with these numbers."""
+    from policy import Policy
 
-    found = []
+    findings = []
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         folder = Path(folder)
         write_run(folder)
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         Policy(folder, device="cpu")  # what is imported and cached takes no input's memory
         for number in numbers:
-            changed = run_files(random.Random(f"{seed} {number}"), files)
+            damaged = damaged_run(random.Random(f"{seed} {number}"), files)
             for path in folder.iterdir():
                 path.unlink()
-            for name, content in changed.items():
+            for name, content in damaged.items():
                 (folder / name).write_bytes(content)
-            size = sum(map(len, changed.values()))
-            found.append((number, finding(lambda: Policy(folder, device="cpu"), 0, 16 * size + (128 << 20))))
-    return [(number, what) for number, what in found if what]
+            memory = 16 * sum(map(len, damaged.values())) + (128 << 20)
+            findings.append((number, check_call(lambda: Policy(folder, device="cpu"), 0, memory)))
+    return [(number, finding) for number, finding in findings if finding]
 
 
 def main():
-    """Prints findings and speed; exit status 1 when there is a finding."""
+    """Print findings and speed; exit with status 1 if there is a finding."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # the name of a backbone can be damaged too
-    config, started = tyro.cli(Config, description=__doc__), time.perf_counter()
+    config = tyro.cli(Config, description=__doc__)
+    started = time.perf_counter()
     numbers = range(config.first, config.first + config.inputs)
-    found = fuzz_shards([n for n in numbers if n % 10], config.seed)
-    found += fuzz_runs([n for n in numbers if n % 10 == 0], config.seed)
+    findings = fuzz_shards([n for n in numbers if n % 10], config.seed)
+    findings += fuzz_runs([n for n in numbers if n % 10 == 0], config.seed)
     seconds = time.perf_counter() - started
-    for number, what in found:
-        print(f"python tests/fuzz.py --inputs 1 --seed {config.seed} --first {number}    # {what}")
-    print(f"{config.inputs} inputs, {len(found)} findings, {seconds:.0f} s, {config.inputs / seconds:.0f} inputs/s")
-    raise SystemExit(int(bool(found)))
+    for number, finding in findings:
+        print(f"python tests/fuzz.py --inputs 1 --seed {config.seed} --first {number}    # {finding}")
+    count = len(findings)
+    print(f"{config.inputs} inputs, {count} findings, {seconds:.0f} s, {config.inputs / seconds:.0f} inputs/s")
+    raise SystemExit(int(count > 0))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import run_script_here
 from PIL import Image
 
 import demos
 from data import open_index
-from sim import encode_jpeg
+from rollout import encode_jpeg
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def config(interrupted):
+    """The interrupted command's config."""
     return interrupted.config
 
 
@@ -36,13 +38,14 @@ def episode(interrupted):
 
 
 def test_expert_succeeds(episode):
+    """The first episode that succeeds is that of attempt 1, of a plausible length; the gripper opens and closes."""
     assert episode["seed"] == 90_001 and 20 < len(episode["steps"]) < 120
     gripper = np.array([step["action"][6] for step in episode["steps"]])
     assert set(gripper) == {-1, 1} and gripper[0] == -1  # open on the way, closed while carrying
 
 
 def test_embedded_episode_replays(sim, cache):
-    """From the seed and state stored with it, an episode of data/libero_tiny goes as recorded and succeeds."""
+    """From the seed and state stored with it, an episode of data/libero_tiny proceeds as recorded and succeeds."""
     index = open_index(ROOT / "data" / "libero_tiny", cache)
     episode = index.metadata["task"].index(8)
     start, end = index.starts[episode : episode + 2]
@@ -54,6 +57,7 @@ def test_embedded_episode_replays(sim, cache):
 
 
 def test_episode_replays_to_success(sim, episode, config):
+    """From its seed and state, the actions give the recorded images and states, and success at the last step."""
     steps = episode["steps"]
     sim.restore(episode["seed"], episode["state"])
     for t, step in enumerate(steps):
@@ -61,12 +65,12 @@ def test_episode_replays_to_success(sim, episode, config):
             seen = sim.observe()
             assert encode_jpeg(seen["image"], config.image_size, quality=config.jpeg_quality) == step["image"].tobytes()
             assert np.array_equal(seen["state"], step["state"])
-        done = sim.step(step["action"], look=t + 1 in (5, len(steps) - 1))
+        done = sim.step(step["action"], render=t + 1 in (5, len(steps) - 1))
         assert done == (t == len(steps) - 1)
 
 
 def test_interrupted_run_resumes_and_writes_the_expected_features(demonstrations, episode, config):
-    """Attempt 0 failed before, attempt 1 ended before a kill -9: the second run does neither again."""
+    """Attempt 0 had failed and attempt 1 had ended before a kill -9: the second run repeats neither."""
     folder, text = demonstrations
     assert " 1/2 [00:00<?, ?episode/s]" in text
     assert not demos.staging(config).exists()
@@ -79,6 +83,7 @@ def test_interrupted_run_resumes_and_writes_the_expected_features(demonstrations
 
 
 def test_episodes_of_other_settings_are_not_continued(config, tmp_path):
+    """A staging folder that other settings made is refused."""
     begun = replace(config, out=tmp_path / "tiny_rlds")
     demos.resume(begun)
     with pytest.raises(ValueError, match="other settings"):
@@ -133,27 +138,39 @@ def check_written(folder, episode):
     for one in (one for one in read if one["episode_metadata"]["seed"] == episode["seed"]):
         assert np.array_equal(one["episode_metadata"]["state"], episode["state"])
         assert len(one["steps"]) == len(episode["steps"])
-        for t, (got, put) in enumerate(zip(one["steps"], episode["steps"])):
+        for t, (written, step) in enumerate(zip(one["steps"], episode["steps"])):
             last = t == len(episode["steps"]) - 1
-            assert got["observation"]["image"] == put["image"].tobytes()
-            assert np.array_equal(got["action"], put["action"])
-            assert np.array_equal(got["observation"]["state"], put["state"])
-            assert got["language_instruction"] == b"put the bowl on the plate"
-            assert (got["is_first"], got["is_last"], got["is_terminal"], got["reward"]) == (t == 0, last, last, last)
+            assert written["observation"]["image"] == step["image"].tobytes()
+            assert np.array_equal(written["action"], step["action"])
+            assert np.array_equal(written["observation"]["state"], step["state"])
+            assert written["language_instruction"] == b"put the bowl on the plate"
+            flags = [written[name] for name in ("is_first", "is_last", "is_terminal", "reward")]
+            assert flags == [t == 0, last, last, last]
         assert Image.open(io.BytesIO(one["steps"][0]["observation"]["wrist_image"])).size == (32, 32)
 
 
 def test_failures_are_counted_and_end_a_hopeless_run(config):
+    """A failed attempt is replaced by the next; a task whose attempts all fail is an error."""
     done = {(8, 0): True, (8, 1): False, (8, 2): True}
-    assert [job[1:] for job in demos.missing(replace(config, episodes=3), [8], done)] == [(8, 3)]
+    assert [job[1:] for job in demos.next_attempts(replace(config, episodes=3), [8], done)] == [(8, 3)]
     with pytest.raises(RuntimeError, match="task 8.*0 of 16"):
-        demos.missing(config, [8], {(8, j): False for j in range(16)})
+        demos.next_attempts(config, [8], {(8, j): False for j in range(16)})
 
 
 def test_bad_input_is_refused():
+    """Values out of range name their field; a goal that is not to pick and place names the expert's limit."""
     for wrong in ({"suite": "libero_gaol"}, {"task_ids": [10]}, {"episodes": 0}, {"jpeg_quality": 100}, {"seed": 999}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             demos.check(demos.Config(**wrong))
     world = SimpleNamespace(parsed_problem={"goal_state": [["open", "wooden_cabinet_1_middle_region"]]})
     with pytest.raises(ValueError, match="only picks and places"):
         demos.Expert(SimpleNamespace(world=world, suite="libero_goal", task=0)).reset()
+
+
+def test_demonstrations_can_be_trained_on(demonstrations, tmp_path):
+    """The documents' command, for two episodes (and killed between them), writes a data set that trains."""
+    data, text = demonstrations  # conftest.py runs the command
+    assert f"{data}: 2 episodes" in text
+    small = ["--val-fraction", 0, "--num-workers", 0, "--max-steps", 2, "--out", tmp_path / "run"]
+    done = run_script_here("train.py", "--variant", "baseline", "--data", data, "--cache", tmp_path / "cache", *small)
+    assert done.code == 0, done.text

@@ -10,35 +10,39 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
+import rollout
 import sim as simulator
 
 ROOT = Path(__file__).parents[1]
 WIGGLE = np.c_[np.random.default_rng(0).normal(size=(5, 6)) * 0.2, -np.ones(5)]  # [5, 7] actions
 
 
-def same(a: dict, b: dict) -> bool:
+def same(a, b):
+    """Return whether two dicts of arrays are equal in every bit."""
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def wiggle(sim) -> None:
-    """Five steps, of which only the last is looked at."""
+def wiggle(sim):
+    """Execute five steps, of which only the last draws the cameras."""
     for action in WIGGLE[:-1]:
         sim.step(action)
-    sim.step(WIGGLE[-1], look=True)
+    sim.step(WIGGLE[-1], render=True)
 
 
-def test_lazy_frame_is_the_environments_own(sim, monkeypatch):
+def test_frame_drawn_on_demand_is_the_environments_own(sim, monkeypatch):
+    """A frame is the same whether cameras draw only at its step or, as robosuite's own sensors do, at every step."""
     sim.start(3)
     wiggle(sim)
-    lazy = sim.observe()
-    monkeypatch.setattr(sim, "_lazy", lambda sensor: sensor)  # the environment's own sensors, always drawing
+    on_demand = sim.observe()
+    monkeypatch.setattr(sim, "_lazy_sensor", lambda sensor: sensor)
     sim.start(3)
     wiggle(sim)
     for key, camera in simulator.CAMERAS.items():
-        assert np.array_equal(lazy[key], np.rot90(sim.observed[f"{camera}_image"], 2))
+        assert np.array_equal(on_demand[key], np.rot90(sim.observed[f"{camera}_image"], 2))
 
 
 def test_start_is_a_function_of_its_arguments(sim):
+    """The same seed and width give the same observation, whatever was played before; a different seed does not."""
     sim.start(4, widen=0.06)
     first = sim.observe()
     sim.start(5)
@@ -48,7 +52,7 @@ def test_start_is_a_function_of_its_arguments(sim):
 
 
 def test_reset_that_keeps_the_compiled_model_is_a_full_one(sim, monkeypatch):
-    """State and frames after it, and five steps on, are those of robosuite's own reset, which compiles anew."""
+    """State and frames after it, and five steps on, are those of robosuite's own reset, which compiles again."""
     seen = []
     for full in (False, True):
         if full:
@@ -63,20 +67,22 @@ def test_reset_that_keeps_the_compiled_model_is_a_full_one(sim, monkeypatch):
     assert not same(seen[0][0], seen[1][0])
 
 
-def test_start_settles_and_looks_once(sim, monkeypatch):
+def test_start_settles_and_draws_once(sim, monkeypatch):
+    """Ten steps without motion, of which the last draws the cameras."""
     calls, step = [], sim.step
 
-    def noted(action, look=False):
-        calls.append((tuple(action), look))
-        return step(action, look)
+    def recorded(action, render=False):
+        calls.append((tuple(action), render))
+        return step(action, render)
 
-    monkeypatch.setattr(sim, "step", noted)
+    monkeypatch.setattr(sim, "step", recorded)
     sim.start(0)
     assert calls == [((0, 0, 0, 0, 0, 0, -1), False)] * 9 + [((0, 0, 0, 0, 0, 0, -1), True)]
 
 
 def test_widened_start_moves_the_handled_object_alone(sim):
-    assert sim.handled() == "akita_black_bowl_1"
+    """The bowl lies elsewhere within the square; the fixtures, drawn by the same seed, stay."""
+    assert sim.handled_object() == "akita_black_bowl_1"
     sim.start(1)
     before = {name: sim.position(name) for name in sim.world.obj_body_id}
     sim.start(1, widen=0.06)
@@ -88,6 +94,7 @@ def test_widened_start_moves_the_handled_object_alone(sim):
 
 
 def test_widened_start_needs_a_free_place_and_an_object(sim, monkeypatch):
+    """A square without a free place, and a goal without a movable object, are errors."""
     sim.start(1)
     with monkeypatch.context() as patch:
         patch.setattr(simulator, "CLEARANCE", 1.0)
@@ -99,6 +106,7 @@ def test_widened_start_needs_a_free_place_and_an_object(sim, monkeypatch):
 
 
 def test_restore_is_exact(sim):
+    """Restored twice, with other episodes in between, states and frames five steps on are the same in every bit."""
     sim.start(2, widen=0.06)
     wiggle(sim)
     state, runs = sim.state(), []
@@ -111,7 +119,8 @@ def test_restore_is_exact(sim):
     assert all(same(a, b) for a, b in zip(*runs))
 
 
-def test_observe_needs_a_look(sim):
+def test_observe_needs_a_drawn_frame(sim):
+    """An observation has the documented shapes; without a drawn frame there is none."""
     sim.start(0)
     seen = sim.observe()
     assert {key: (value.shape, value.dtype.name) for key, value in seen.items()} == {
@@ -120,12 +129,13 @@ def test_observe_needs_a_look(sim):
         "state": ((8,), "float32"),
         "joint_state": ((7,), "float32"),
     }
-    sim.step(simulator.STILL)
-    with pytest.raises(RuntimeError, match="look=True"):
+    sim.step(simulator.NO_MOTION)
+    with pytest.raises(RuntimeError, match="render=True"):
         sim.observe()
 
 
 def test_axis_angle_equals_robosuites():
+    """On random quaternions and the identity."""
     from robosuite.utils.transform_utils import quat2axisangle
 
     for quat in np.random.default_rng(0).normal(size=(20, 4)):
@@ -134,24 +144,27 @@ def test_axis_angle_equals_robosuites():
     assert np.array_equal(simulator.axis_angle(np.array([0, 0, 0, 1.0])), np.zeros(3))
 
 
-def test_written_jpeg_tells_how_to_write_the_same(sim):
+def test_jpeg_holds_the_options_to_write_the_same(sim):
+    """Quantisation tables and subsampling, read from a stored image, reproduce it in every byte."""
     sim.start(0)
     frame = sim.observe()["image"]
-    written = simulator.encode_jpeg(frame, 96, quality=85)
+    written = rollout.encode_jpeg(frame, 96, quality=85)
     with Image.open(io.BytesIO(written)) as image:
         assert image.size == (96, 96)
         options = {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
-    assert simulator.encode_jpeg(frame, 96, **options) == written
-    assert simulator.encode_jpeg(frame, 96, quality=50) != written
+    assert rollout.encode_jpeg(frame, 96, **options) == written
+    assert rollout.encode_jpeg(frame, 96, quality=50) != written
 
 
 def test_import_is_light():
-    code = "import sys, sim; print([name for name in ('mujoco', 'libero', 'torch') if name in sys.modules])"
+    """Importing sim and rollout loads none of the large packages, so simulator processes do not pay for torch."""
+    code = "import sys, rollout, sim; print([name for name in ('mujoco', 'libero', 'torch') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 
 
 def test_errors_say_what_to_do(monkeypatch):
+    """An unknown suite, a task that there is not, a MuJoCo that differs from the benchmark's."""
     with pytest.raises(ValueError, match="libero_gaol.*libero_goal"):
         simulator.Sim("libero_gaol", 0)
     with pytest.raises(ValueError, match="task=10.*0 to 9"):

@@ -24,13 +24,19 @@ import tyro
 from conftest import ROOT
 from torch.utils.data import default_collate, get_worker_info
 
+import batches
+import checkpoint
 import common
 import data
 import demos
 import eval as evaluation
+import label
 import latent
-import model
+import policy as policies
+import targets
 import train
+import train_latent
+from index import split_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
 
@@ -125,12 +131,13 @@ def test_learning_rates_in_the_log(run):
 def test_saved_model_is_the_trained_one(train_config, tmp_path):
     """Loaded twice, a run predicts bit-identically; its error on held-out steps is that of training, and by hand."""
     train.main(train_config(tmp_path / "run", variant="la_align", max_steps=3))
-    (first, _), (second, _) = model.load_vla(tmp_path / "run"), model.load_vla(tmp_path / "run")
-    dataset, held_out, *_ = train.setup(train_config(tmp_path / "other", variant="la_align", max_steps=3), ONE)
+    (first, _), (second, _) = policies.load_vla(tmp_path / "run"), policies.load_vla(tmp_path / "run")
+    setup = train.prepare(train_config(tmp_path / "other", variant="la_align", max_steps=3), ONE)
+    dataset, held_out = setup.dataset, setup.held_out
     batch = default_collate([dataset.sample(0, int(step)) for step in held_out[0]])
     with torch.no_grad():
-        actions = first.run(batch)[0]
-        assert torch.equal(actions, second.run(batch)[0])
+        actions = first.predict(batch)[0]
+        assert torch.equal(actions, second.predict(batch)[0])
     logged = log_of(tmp_path / "run")[-1]["val_action_l1"]
     assert train.validate(first.eval(), dataset, held_out, ONE) == logged
     error = (actions - batch["actions"]).abs().numpy()[batch["valid"].numpy()]
@@ -142,14 +149,15 @@ def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config,
     """Step 0 sees samples 0..3 of the seeded stream, augmented or not, with the seeded weights and their targets."""
     flags = dict(variant=variant, image_aug=image_aug, max_steps=1)
     train.main(train_config(tmp_path / "run", **flags))
-    dataset, _, vla, actions_to_codes, *_ = train.setup(train_config(tmp_path / "other", **flags), ONE)
-    batch = default_collate([dataset[p] for p in range(4)])
-    assert (actions_to_codes is None) == (variant == "la_direct")
-    if actions_to_codes:
-        batch = train.add_action_codes(batch, actions_to_codes)
-    plain = {name: value for name, value in batch.items() if name != "draws"}
+    setup = train.prepare(train_config(tmp_path / "other", **flags), ONE)
+    vla = setup.vla
+    batch = default_collate([setup.dataset[p] for p in range(4)])
+    assert (setup.tokenizer is None) == (variant == "la_direct")
+    if setup.tokenizer:
+        batch = targets.add_action_codes(batch, setup.tokenizer)
+    without_draws = {name: value for name, value in batch.items() if name != "draws"}
     with torch.no_grad():
-        augmented, centred = vla(batch), vla(plain)
+        augmented, centred = vla(batch), vla(without_draws)
     assert augmented["loss"] != centred["loss"]
     (logged,) = log_of(tmp_path / "run")
     for name, value in (augmented if image_aug else centred).items():
@@ -159,7 +167,7 @@ def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config,
 def test_epochs_replace_max_steps(train_config, tmp_path, index):
     """0.1 epochs of the training episodes, rounded up to whole batches."""
     train.main(train_config(tmp_path / "run", variant="baseline", epochs=0.1, max_steps=99))
-    kept, _ = train.split_episodes(index, 0.25, 0)
+    kept, _ = split_episodes(index, 0.25, 0)
     samples = sum(np.diff(index.starts)[kept])
     assert len(log_of(tmp_path / "run")) == math.ceil(0.1 * samples / 4)
 
@@ -169,7 +177,7 @@ def test_la_tok_targets_do_not_depend_on_what_lies_past_the_end(tokenizer):
     frozen = latent.load_tokenizer(tokenizer)
     actions, valid = torch.rand(6, 8, 7) * 2 - 1, torch.arange(8).expand(6, 8) < 5
     inside, outside = actions * valid[..., None], torch.where(valid[..., None], actions, 0.9)
-    found = train.add_action_codes({"actions": outside, "valid": valid}, frozen)
+    found = targets.add_action_codes({"actions": outside, "valid": valid}, frozen)
     codes, vectors = frozen.encode(inside)
     assert torch.equal(found["codes"], codes[:, :, None]) and torch.equal(found["vectors"], vectors[:, :, None])
 
@@ -187,9 +195,9 @@ def test_two_data_sets_keep_their_own_statistics(rlds, rlds_latents, train_confi
         )
     )
     with pytest.raises(ValueError, match=r"has statistics of \['made', 'released'\], not of ''"):
-        model.Policy(tmp_path / "run")
+        policies.Policy(tmp_path / "run")
     views, proprio = [np.zeros((1, 96, 96, 3), np.uint8)] * 2, np.zeros((1, 8), np.float32)
-    made, released = (model.Policy(tmp_path / "run", name) for name in ("made", "released"))
+    made, released = (policies.Policy(tmp_path / "run", name) for name in ("made", "released"))
     assert not np.allclose(
         made(views, ["put the bowl on the plate"], proprio),
         released(views, ["put the bowl on the plate"], proprio),
@@ -199,7 +207,7 @@ def test_two_data_sets_keep_their_own_statistics(rlds, rlds_latents, train_confi
 
 def test_policy_speaks_physical_units(run, index):
     """A prediction is the network's, un-normalised by hand: metres and radians, the gripper as it is."""
-    policy = model.Policy(run.folder)
+    policy = policies.Policy(run.folder)
     views, proprio = [index.image(c, 7)[None] for c in ("image", "wrist_image")], index.columns["state"][7:8]
     (found,) = policy(views, [index.instructions[0]], proprio)
     stats = policy.stats["proprio"]
@@ -207,7 +215,7 @@ def test_policy_speaks_physical_units(run, index):
     normalised = torch.from_numpy(np.clip(2 * (proprio - low) / (high - low + 1e-8) - 1, -1, 1)).float()
     normalised[:, low == high] = 0  # a state that never moves
     with torch.no_grad():
-        (raw,) = policy.vla.run(
+        (raw,) = policy.vla.predict(
             {
                 "images": [torch.from_numpy(v.copy()) for v in views],
                 "text": [index.instructions[0]],
@@ -267,17 +275,17 @@ def test_killed_run_resumes_bit_identically(run, script, tmp_path):
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     ) as process:
-        while not common.checkpoints(out) and process.poll() is None:
+        while not checkpoint.training_saves(out) and process.poll() is None:
             time.sleep(0.005)
         process.kill()
-    assert process.returncode == -9 and max(common.checkpoints(out)) < 40
+    assert process.returncode == -9 and max(checkpoint.training_saves(out)) < 40
     done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0)
     assert done.code == 0, done.text
     assert column(log_of(out), "step") == list(range(40))
     for name in (*LOSSES, "lr"):
         assert column(log_of(out), name) == column(log_of(run.folder), name), name
-    tensors, _ = common.load_tensors(out / "model.safetensors")
-    for name, tensor in common.load_tensors(run.folder / "model.safetensors")[0].items():
+    tensors, _ = checkpoint.load_tensors(out / "model.safetensors")
+    for name, tensor in checkpoint.load_tensors(run.folder / "model.safetensors")[0].items():
         assert torch.equal(tensor, tensors[name]), name
 
 
@@ -287,13 +295,14 @@ def test_checkpointing_and_compiling_change_nothing(train_config, tmp_path, monk
     Dynamo's own backend stands in for the one that writes C++, which takes minutes.
     """
     changes = dict(variant="la_cond", global_batch_size=4, max_steps=3, val_every=1)
-    train.main(train_config(tmp_path / "plain", **changes))
+    train.main(train_config(tmp_path / "eager", **changes))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch.compiler.reset(), torch._dynamo.utils.counters.clear()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         train.main(train_config(tmp_path / "fast", **changes, gradient_checkpointing=True, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert_same_losses(log_of(tmp_path / "fast"), log_of(tmp_path / "plain"))
+    assert_same_losses(log_of(tmp_path / "fast"), log_of(tmp_path / "eager"))
 
 
 def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
@@ -341,7 +350,7 @@ def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, *map(str, TORCHRUN), "--max-restarts=1", *map(str, run.flags), "--out", str(out)]
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
-        while not common.checkpoints(out) and launcher.poll() is None:
+        while not checkpoint.training_saves(out) and launcher.poll() is None:
             time.sleep(0.005)
         ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(ranks[0]), signal.SIGKILL)
@@ -359,7 +368,7 @@ def test_killed_launcher_takes_its_ranks_along(run, tmp_path):
     words = [sys.executable, *map(str, TORCHRUN), *map(str, run.flags), "--out", str(tmp_path / "run")]
     words[words.index("40")] = "4000"
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as launcher:
-        while not common.checkpoints(tmp_path / "run") and launcher.poll() is None:
+        while not checkpoint.training_saves(tmp_path / "run") and launcher.poll() is None:
             time.sleep(0.01)
         ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
         launcher.kill()
@@ -403,7 +412,7 @@ def test_damaged_newest_save(run, train_config, tmp_path, capsys):
     (out / "model.safetensors").unlink()
     train.main(again)
     for name in ("model.safetensors", "training-40.safetensors"):
-        ours, theirs = (common.load_tensors(folder / name)[0] for folder in (out, run.folder))
+        ours, theirs = (checkpoint.load_tensors(folder / name)[0] for folder in (out, run.folder))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
@@ -436,8 +445,8 @@ def test_sigterm_saves_and_ends(run, tmp_path):
         text = ranks[0].communicate(timeout=60)[0]
         assert [ranks[0].returncode, ranks[1].wait(60)] == [0, 0], text
         assert workers and not any(map(alive, workers))
-    (step,) = common.checkpoints(out)
-    assert f"SIGTERM: saved after {step} of 100000 steps. Go on: the same command with --out {out} --resume" in text
+    (step,) = checkpoint.training_saves(out)
+    assert f"SIGTERM: saved after {step} of 100000 steps. Continue: the same command with --out {out} --resume" in text
     assert column(log_of(out), "step") == list(range(step)) and (out / "model.safetensors").exists()
 
 
@@ -447,7 +456,7 @@ def test_a_rank_that_hangs_ends_the_job(run, tmp_path):
         ranks[1].send_signal(signal.SIGSTOP)
         text = ranks[0].communicate(timeout=60)[0]
     assert ranks[0].returncode == 1
-    assert "another process died, short of memory perhaps, or hangs (--timeout is 3 s)" in text
+    assert "another process died, perhaps for lack of memory, or hangs (--timeout is 3 s)" in text
 
 
 @pytest.mark.parametrize("fault, message", (
@@ -456,8 +465,10 @@ def test_a_rank_that_hangs_ends_the_job(run, tmp_path):
 ), ids=("dies", "hangs"))  # fmt: skip
 def test_a_data_worker_that(fault, message, train_config, tmp_path, monkeypatch):
     """Ends the run with an error that names it and what to do, and no process stays."""
-    sample = data.Chunks.sample
-    monkeypatch.setattr(data.Chunks, "sample", lambda *given: (get_worker_info() and fault(), sample(*given))[1])
+    sample = batches.ActionChunks.sample
+    monkeypatch.setattr(
+        batches.ActionChunks, "sample", lambda *given: (get_worker_info() and fault(), sample(*given))[1]
+    )
     with pytest.raises(RuntimeError, match=message):
         train.main(train_config(tmp_path / "run", variant="baseline", num_workers=1, timeout=2))
     wait_for(lambda: not multiprocessing.active_children())
@@ -465,7 +476,7 @@ def test_a_data_worker_that(fault, message, train_config, tmp_path, monkeypatch)
 
 def poisoned(index, name, value, where, monkeypatch, times=10**9):
     """Lets some entry of the sample at step `where` of a data set be `value`, the first `times` times."""
-    sample, left = data.Chunks.sample, [times]
+    sample, left = batches.ActionChunks.sample, [times]
 
     def spoiled(self, number, step):
         item = sample(self, number, step)
@@ -474,14 +485,14 @@ def poisoned(index, name, value, where, monkeypatch, times=10**9):
             item[name] = torch.full_like(item[name], value)
         return item
 
-    monkeypatch.setattr(data.Chunks, "sample", spoiled)
+    monkeypatch.setattr(batches.ActionChunks, "sample", spoiled)
 
 
 @pytest.fixture
 def fifth(index, train_config, tmp_path):
     """The step, in the data set, of sample 5 of the stream: it is in the second batch of four."""
-    dataset, *_ = train.setup(train_config(tmp_path / "other", variant="baseline"), ONE)
-    return int(dataset._order(0)[5][1])
+    setup = train.prepare(train_config(tmp_path / "other", variant="baseline"), ONE)
+    return setup.dataset.place(5)[1]
 
 
 @pytest.mark.parametrize("value", (math.inf, math.nan))
@@ -495,7 +506,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, index, fifth, train_co
     train.main(train_config(tmp_path / "run", **flags))
     log = log_of(tmp_path / "run")
     assert column(log, "skipped") == [0, 1, 0] and not math.isfinite(log[1]["loss"] + log[1]["grad_norm"])
-    saves = [common.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
+    saves = [checkpoint.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
     assert all(torch.equal(saves[0][name], saves[1][name]) for name in saves[0])
     assert not any(torch.equal(saves[1][name], saves[2][name]) for name in saves[0] if name.endswith(".step"))
     assert all(tensor.isfinite().all() for tensor in saves[2].values()) and math.isfinite(log[2]["loss"])
@@ -511,14 +522,14 @@ def test_too_many_steps_that_are_not_finite(times, listed, index, fifth, train_c
     episode = int(np.searchsorted(index.starts, fifth, "right")) - 1
     found = re.findall(r"tfrecord-\S+: step (\d+) of episode (\d+)", str(caught.value))
     assert len(found) == listed and (str(fifth - index.starts[episode]), str(episode)) in found
-    assert not common.checkpoints(tmp_path / "run")
+    assert not checkpoint.training_saves(tmp_path / "run")
 
 
 def test_a_step_is_skipped_on_all_processes(run, rlds, cache, index, labels, fifth, script, train_config, tmp_path):
     """What is not finite on one of two, a label, is skipped on both: as on one process, to rounding."""
-    tensors, info = common.load_tensors(labels)
+    tensors, info = checkpoint.load_tensors(labels)
     tensors["vectors"][fifth] = math.nan
-    common.save_tensors(tmp_path / "labels", tensors, **info)
+    checkpoint.save_tensors(tmp_path / "labels", tensors, **info)
     flags = dict(variant="la_align", max_steps=4, labels=(tmp_path / "labels",), val_fraction=0.25)
     train.main(train_config(tmp_path / "one", **flags))
     words = [*TORCHRUN, *run.flags, "--max-steps", 4, "--labels", tmp_path / "labels", "--out", tmp_path / "two"]
@@ -544,10 +555,11 @@ def test_torchrun_that_restarts_needs_a_folder(train_config, monkeypatch):
 @pytest.mark.parametrize("module", (train, evaluation, demos, data))
 def test_every_setting_is_read(module):
     """No field of a script's config is there for nothing: each is read as `config.<field>`."""
-    tree = ast.parse(open(module.__file__).read())
+    files = [module.__file__, targets.__file__] if module is train else [module.__file__]
     read = {
         node.attr
-        for node in ast.walk(tree)
+        for file in files
+        for node in ast.walk(ast.parse(open(file).read()))
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "config"
     }
     assert {field.name for field in fields(module.Config)} <= read
@@ -555,7 +567,10 @@ def test_every_setting_is_read(module):
 
 def test_schedules_by_hand():
     """Warm-up in equal steps; constant; halved every n steps; cosine to 1 %; nothing else."""
-    rate = lambda schedule, steps, **options: [common.learning_rate(s, 10, 1.0, schedule, **options) for s in steps]  # noqa: E731
+
+    def rate(schedule, steps, **options):
+        return [common.learning_rate(step, 10, 1.0, schedule, **options) for step in steps]
+
     assert np.allclose(rate("constant", range(5), warmup_ratio=0.3), [1 / 4, 2 / 4, 3 / 4, 1, 1])
     assert rate("constant", range(3)) == [1, 1, 1]
     assert rate("step", (0, 2, 3, 5, 6, 9), decay_every=3) == [1, 1, 0.5, 0.5, 0.25, 0.125]
@@ -566,12 +581,12 @@ def test_schedules_by_hand():
 
 def test_what_is_decayed(train_config, tmp_path):
     """Matrices decay, `gate_proj` among them; norms, biases, gates and queries never; each is in one group."""
-    _, _, vla, *_ = train.setup(train_config(tmp_path / "run", variant="la_align"), ONE)
-    decayed, plain = common.parameter_groups(vla, 0.3)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    vla = train.prepare(train_config(tmp_path / "run", variant="la_align"), ONE).vla
+    groups = common.parameter_groups(vla, 0.3)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     name_of = {id(p): name for name, p in vla.named_parameters()}
-    decayed, plain = ({name_of[id(p)] for p in group["params"]} for group in (decayed, plain))
-    assert not decayed & plain and decayed | plain == set(name_of.values())
+    decayed, undecayed = ({name_of[id(p)] for p in group["params"]} for group in groups)
+    assert not decayed & undecayed and decayed | undecayed == set(name_of.values())
     assert {
         "queries",
         "head.queries",
@@ -579,7 +594,7 @@ def test_what_is_decayed(train_config, tmp_path):
         "head.norm.weight",
         "backbone.qwen.language_model.norm.weight",
         "latent_head.bias",
-    } <= plain
+    } <= undecayed
     assert {"latent_head.weight", "head.out.weight", "head.blocks.0.image.weight"} <= decayed
     assert {
         f"backbone.qwen.language_model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
@@ -622,26 +637,31 @@ def test_unknown_variant(script_here, rlds, tmp_path):
 
 
 def commands_in(message):
-    """The latent.py commands in an error message, parsed as the command line would be."""
-    lines = re.findall(r"python latent\.py ([^&\n]+)", message)
-    kinds = {"lam": latent.Lam, "label": latent.Label, "tokenizer": latent.Tokenizer}
-    return [tyro.extras.subcommand_cli_from_dict(kinds, args=line.split()) for line in lines]
+    """The commands in an error message that make latent targets, parsed as the command line would be."""
+    kinds = {"lam": train_latent.LamTraining, "tokenizer": train_latent.TokenizerTraining}
+    configs = []
+    for script, options in re.findall(r"python (train_latent|label)\.py ([^&\n]+)", message):
+        if script == "label":
+            configs.append(tyro.cli(label.Config, args=options.split()))
+        else:
+            configs.append(tyro.extras.subcommand_cli_from_dict(kinds, args=options.split()))
+    return configs
 
 
 def test_missing_labels_name_the_commands_that_make_them(rlds, train_config, tmp_path):
-    """Two commands that latent.py accepts: a model, then labels where training looks; no folder is made."""
+    """Two commands that are accepted: a model, then labels where training looks; no folder is made."""
     for where in ((), (tmp_path / "nowhere.safetensors",)):
         with pytest.raises(FileNotFoundError, match="variant la_direct needs latent labels") as caught:
             train.main(train_config(tmp_path / "run", variant="la_direct", labels=where))
-        lam, label = commands_in(str(caught.value))
-        assert lam.data == [rlds] and label.data == rlds and lam.out == label.lam
+        lam, labelling = commands_in(str(caught.value))
+        assert lam.data == [rlds] and labelling.data == rlds and lam.out == labelling.lam
         if where:
-            assert label.out == where[0]
+            assert labelling.out == where[0]
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_tokenizer_names_the_command_that_makes_it(rlds, train_config, tmp_path):
-    """One command that latent.py accepts, with the folder where training looks."""
+    """One command that is accepted, with the folder where training looks."""
     with pytest.raises(FileNotFoundError, match="variant la_tok needs an action tokenizer") as caught:
         train.main(train_config(tmp_path / "run", variant="la_tok", tokenizer=str(tmp_path / "tokenizer")))
     (made,) = commands_in(str(caught.value))
@@ -685,24 +705,25 @@ def test_checkpoint_of_another_action_size_is_refused(run, tmp_path):
     config["model"]["action_size"] = 6
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"head.out.weight is \(7, 64\), the model's is \(6, 64\)"):
-        model.load_vla(out)
+        policies.load_vla(out)
 
 
 def test_statistics_missing_for_a_data_set(run):
     """Those that there are, and the one asked for."""
     with pytest.raises(ValueError, match=r"has statistics of \['made'\], not of 'libero_10'"):
-        model.Policy(run.folder, "libero_10")
+        policies.Policy(run.folder, "libero_10")
 
 
-def test_policy_makes_room_for_longer_instructions(run):
+def test_policy_reserves_more_tokens_for_longer_instructions(run):
     """One that does not fit is refused, then answered; what a short one gets stays the same to rounding."""
-    policy, rng = model.Policy(run.folder), np.random.default_rng(0)
+    policy = policies.Policy(run.folder)
+    rng = np.random.default_rng(0)
     views = [rng.integers(0, 256, (1, 96, 96, 3), dtype=np.uint8) for _ in range(2)]
     proprio = rng.normal(size=(1, 8)).astype(np.float32)
     short, long = ["put the bowl on the plate"], ["put the bowl on the plate and then open the drawer of the cabinet"]
     before = policy(views, short, proprio)
     with pytest.raises(ValueError, match="but text_length is"):
         policy(views, long, proprio)
-    policy.make_room([*short, *long])
+    policy.fit_instructions([*short, *long])
     assert np.abs(policy(views, short, proprio) - before).max() < 1e-5
     assert np.abs(policy(views, long, proprio) - before).max() > 1e-3

@@ -1,0 +1,393 @@
+"""The backbone: Qwen3-VL without its language-model head, run with static shapes over transformers' modules.
+
+All images have one size and every sample one layout, so a forward pass without loops over samples, boolean scatters or
+waits for the GPU gives what transformers' own gives, to rounding (tests). Also here: which of its weights are trained
+(all, low-rank updates, or none). Left out: the language-model head, generation, video.
+
+Axes: B batch, C cameras, S side of an image, L tokens, T text tokens, D width, N layers, Q placeholders.
+"""
+
+import functools
+import hashlib
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextRMSNorm
+
+from tiny import SIZES, tiny_config, tiny_tokenizer
+
+MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
+PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
+
+
+def text_tokenizer(backbone):
+    """Return the tokenizer of a row of `tiny.SIZES`, of a Qwen3-VL checkpoint folder or of a hub id.
+
+    Raise ValueError for another kind of checkpoint, or a tokenizer without Qwen3-VL's special tokens or chat template.
+    """
+    if backbone in SIZES:
+        return tiny_tokenizer()
+    config = AutoConfig.from_pretrained(backbone)
+    if config.model_type != "qwen3_vl":
+        raise ValueError(
+            f"backbone {backbone} is a '{config.model_type}' checkpoint; "
+            f"give --backbone {' or '.join(SIZES)}, or a Qwen3-VL one (model_type qwen3_vl)"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+        number = getattr(config, name)
+        if number not in tokenizer.added_tokens_decoder:
+            raise ValueError(
+                f"the tokenizer of {backbone} has no special token {number}, the {name} of its config; "
+                "put the tokenizer files of the same Qwen3-VL release beside the weights"
+            )
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {backbone} has no chat template; add the release's chat_template.jinja")
+    return tokenizer
+
+
+def load_qwen(config):
+    """Return (Qwen3VLModel, tokenizer) of `config.backbone`: random weights for a row of `tiny.SIZES`, else pretrained.
+
+    A base that stays frozen is bf16 on a GPU; what is trained is always f32.
+    """
+    tokenizer = text_tokenizer(config.backbone)
+    if config.backbone in SIZES:
+        qwen_config = tiny_config(tokenizer, config.backbone)
+        return Qwen3VLModel._from_config(qwen_config, attn_implementation="sdpa"), tokenizer
+    half = config.tuning != "full" and torch.cuda.is_available()
+    dtype = torch.bfloat16 if half else torch.float32
+    return Qwen3VLModel.from_pretrained(config.backbone, dtype=dtype, attn_implementation="sdpa"), tokenizer
+
+
+def prompt_ids(tokenizer, instruction, chunk):
+    """Return the token ids of an instruction followed by the request for `chunk` actions."""
+    return tokenizer(PROMPT.format(instruction=instruction, chunk=chunk), add_special_tokens=False)["input_ids"]
+
+
+class Backbone(nn.Module):
+    """Qwen3-VL and the fixed layout of its prompt:
+
+    [chat prefix, image tokens of each camera, text, padding, assistant header, placeholders]
+    """
+
+    def __init__(self, config, num_placeholders, base=None):
+        """config: a `ModelConfig`; base: (Qwen3VLModel, tokenizer) to use instead of loading `config.backbone`."""
+        super().__init__()
+        self.qwen, self.tokenizer = base or load_qwen(config)
+        set_trainable(self.qwen, config)
+        for module in rms_norms(self.qwen):
+            module.forward = functools.partial(_rms_norm, module)
+        self.text_length = config.text_length
+        self.chunk = config.chunk
+        self.cameras = config.cameras
+        self.num_placeholders = num_placeholders  # Q
+        self.checkpointing = False  # recompute activations in the backward pass instead of keeping them
+        text, vision = self.qwen.config.text_config, self.qwen.config.vision_config
+        self.width, self.layers = text.hidden_size, text.num_hidden_layers
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
+        if config.image_size < 1 or config.image_size % (self.patch * self.merge):
+            raise ValueError(
+                f"image_size is {config.image_size}; "
+                f"it must be a multiple of {self.patch * self.merge} for {config.backbone}"
+            )
+        self.grid = config.image_size // self.patch  # patches along one side
+        self.tokens_per_image = (self.grid // self.merge) ** 2
+        tokens = config.text_length + config.cameras * self.tokens_per_image + num_placeholders
+        if tokens > MAX_TOKENS:
+            raise ValueError(
+                f"the prompt would take {tokens} tokens ({config.cameras} images of {self.tokens_per_image}, "
+                f"{config.text_length} of text, {num_placeholders} placeholders), more than {MAX_TOKENS}; "
+                "fewer or smaller images, a shorter text"
+            )
+        self.cached_ids = {}  # (instruction, device) -> (ids [T], their number), on that device
+        self._build_layout()
+
+    # -- prompt ------------------------------------------------------------------------------------------------------
+
+    def _build_layout(self):
+        """Split the chat template into the fixed ids before and after the text; fix positions and rotary tables."""
+        content = [{"type": "image"}] * self.cameras + [{"type": "text", "text": "\0"}]
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = chat.split("\0")
+        image_token = self.qwen.config.image_token_id
+        pad = self.tokenizer.convert_ids_to_tokens(image_token)
+        before = self._ids(before.replace(pad, pad * self.tokens_per_image))
+        after = self._ids(after)
+        self.first_image = before.index(self.qwen.config.vision_start_token_id)
+        self.image_end = self.first_image + self.cameras * (self.tokens_per_image + 2)  # a start and an end each
+        self.text_start = len(before)
+        self.header_start = self.text_start + self.text_length
+        self.length = self.header_start + len(after) + self.num_placeholders  # L
+        fixed = before + [0] * self.text_length + after
+        self.register_buffer("fixed_ids", torch.tensor(fixed), persistent=False)  # [L - Q]
+        is_image = torch.zeros(self.length, dtype=torch.bool)
+        is_image[: self.image_end] = self.fixed_ids[: self.image_end] == image_token
+        self.register_buffer("is_image", is_image, persistent=False)  # [L]
+        self.register_buffer("positions", self._mrope_positions(), persistent=False)  # [3, L]
+        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), self.positions[:, None])
+        vision_cos, vision_sin = self._vision_rope()
+        self.register_buffer("cos", cos[0], persistent=False)  # [L, head_dim]
+        self.register_buffer("sin", sin[0], persistent=False)
+        self.register_buffer("vision_cos", vision_cos, persistent=False)  # [grid^2, head_dim]
+        self.register_buffer("vision_sin", vision_sin, persistent=False)
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _mrope_positions(self):
+        """Return M-RoPE positions (time, row, column) i64 [3, L] of a prompt without padding.
+
+        An image is one step in time and a grid in rows and columns; other tokens advance all three.
+        """
+        side = self.grid // self.merge
+        rows, columns = np.divmod(np.arange(self.tokens_per_image), side)
+        positions = []
+        at = 0
+        for token in range(self.length):
+            inside = token - self.first_image
+            _, slot = divmod(inside, self.tokens_per_image + 2)
+            if 0 <= inside < self.image_end - self.first_image and 1 <= slot <= self.tokens_per_image:
+                positions.append((at, at + rows[slot - 1], at + columns[slot - 1]))
+                at += side if slot == self.tokens_per_image else 0
+            else:
+                positions.append((at, at, at))
+                at += 1
+        return torch.tensor(np.array(positions).T)
+
+    def instruction_ids(self, instruction):
+        """Return the token ids of an instruction with its request. Raise ValueError when they exceed `text_length`."""
+        ids = prompt_ids(self.tokenizer, instruction, self.chunk)
+        if len(ids) > self.text_length:
+            raise ValueError(
+                f"the instruction {instruction!r} takes {len(ids)} tokens with its request, "
+                f"but text_length is {self.text_length}; train with a larger --text-length"
+            )
+        return ids
+
+    def tokenise(self, instructions):
+        """Map B instructions to ids i64 [B, T], padded with 0 on the right, and their numbers i64 [B].
+
+        Only a new instruction is copied to the device; known ones are stacked there.
+        """
+        device = self.fixed_ids.device
+        entries = []
+        for text in instructions:
+            if (text, device) not in self.cached_ids:
+                ids = torch.tensor(self.instruction_ids(text))
+                padded = F.pad(ids, (0, self.text_length - len(ids)))
+                self.cached_ids[text, device] = padded.to(device), torch.tensor(len(ids)).to(device)
+            entries.append(self.cached_ids[text, device])
+        ids, counts = zip(*entries)
+        return torch.stack(ids), torch.stack(counts)
+
+    def positions_and_mask(self, counts):
+        """Return each token's place in a prompt without padding, i64 [B, L], and the attention mask bool [B, 1, L, L].
+
+        Rotary tables are read at these places. The mask is causal and hides padding. counts: i64 [B] real text tokens.
+        """
+        places = torch.arange(self.length, device=counts.device)
+        skipped = (self.text_length - counts)[:, None] * (places >= self.header_start)  # [B, L]
+        padding = (places >= self.text_start + counts[:, None]) & (places < self.header_start)  # [B, L]
+        causal = places[:, None] >= places  # [L, L]
+        return places - skipped, causal & ~padding[:, None, None, :]
+
+    # -- pixels ------------------------------------------------------------------------------------------------------
+
+    def patches(self, images):
+        """Cut f32 [B, C, 3, S, S] into [B C, grid^2, 3 p p], in merge-block order as the image processor does."""
+        side, m, p = self.grid // self.merge, self.merge, self.patch
+        x = images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p)
+        return x.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(5).flatten(1, 4)
+
+    def vision(self, images):
+        """Map f32 [B, C, 3, S, S] in [-1, 1] to image tokens [B, C, tokens, D] and a list of deepstack features."""
+        visual, batch = self.qwen.visual, images.shape[:2]
+        weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # a still image fills both temporal halves: add them
+        x = F.linear(self.patches(images).to(weight.dtype), weight, visual.patch_embed.proj.bias)  # [B C, grid^2, Dv]
+        x = x + self._vision_positions()
+        deepstack = []
+        wanted = list(visual.deepstack_visual_indexes)
+        for number, block in enumerate(visual.blocks):
+            x = self._run_layer(self._vision_block, block, x)
+            if number in wanted:
+                features = visual.deepstack_merger_list[wanted.index(number)](x)
+                deepstack.append(features.view(*batch, self.tokens_per_image, -1))
+        return visual.merger(x).view(*batch, self.tokens_per_image, -1), deepstack
+
+    def _vision_block(self, block, x):
+        """Run one vision block with all images of the batch in one attention call. x: [B C, grid^2, Dv]"""
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B C, heads, grid^2, head_dim]
+        q, k = (_rotate(t, self.vision_cos, self.vision_sin) for t in (q, k))
+        v = v.contiguous()  # else the backward pass would keep all of qkv for it
+        x = x + attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + block.mlp(block.norm2(x))
+
+    def _merge_order(self, table):
+        """Reorder [grid, grid, n] (rows, columns) to [grid^2, n] in merge-block order."""
+        side, m = self.grid // self.merge, self.merge
+        return table.view(side, m, side, m, -1).transpose(1, 2).flatten(0, 3)
+
+    def _vision_positions(self):
+        """Resample the learned square table of positions to this image size, [grid^2, Dv]."""
+        table = self.qwen.visual.pos_embed.weight
+        old = math.isqrt(len(table))
+        square = table.T.view(1, -1, old, old).float()
+        resized = F.interpolate(square, (self.grid, self.grid), mode="bilinear", align_corners=True)
+        return self._merge_order(resized[0].permute(1, 2, 0)).to(table.dtype)
+
+    def _vision_rope(self):
+        """Return cos and sin f32 [grid^2, head_dim] of the axial rotary embedding: half rows, half columns."""
+        config = self.qwen.config.vision_config
+        head = config.hidden_size // config.num_heads
+        theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+        frequencies = 1.0 / theta ** (torch.arange(0, head // 2, 2).float() / (head // 2))
+        places = torch.arange(self.grid)
+        grid = torch.stack(torch.meshgrid(places, places, indexing="ij"), -1)  # [grid, grid, 2]
+        angles = (self._merge_order(grid)[..., None] * frequencies).flatten(1).repeat(1, 2)  # [grid^2, head_dim]
+        return angles.cos(), angles.sin()
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, images, text, counts, placeholders, keep=None):
+        """Return {k: nu^(k) [B, L, D]} for each k in `keep` (default: all, 0 to N).
+
+        nu^(k) is the residual stream after k layers, deepstack included; nu^(N) is taken after the final norm.
+        images: f32 [B, C, 3, S, S] in [-1, 1]; text: i64 [B, T]; counts: i64 [B] real text tokens;
+        placeholders: [Q, D].
+        """
+        language, batch = self.qwen.language_model, len(images)
+        keep = range(self.layers + 1) if keep is None else keep
+        image_tokens, deepstack = self.vision(images)
+        before, after = self.fixed_ids[: self.text_start], self.fixed_ids[self.header_start :]
+        ids = torch.cat([before.expand(batch, -1), text, after.expand(batch, -1)], 1)  # [B, L - Q]
+        queries = placeholders.to(image_tokens.dtype).expand(batch, -1, -1)
+        x = torch.cat([language.embed_tokens(ids), queries], 1)  # [B, L, D]
+        x = torch.where(self.is_image[:, None], self._scatter_to_image_tokens(image_tokens), x)
+        places, mask = self.positions_and_mask(counts)
+        rope = self.cos[places].to(x.dtype), self.sin[places].to(x.dtype)  # [B, L, head_dim]
+        states = {0: x} if 0 in keep else {}
+        for number, layer in enumerate(language.layers):
+            x = self._run_layer(layer, x, attention_mask=mask, position_embeddings=rope)
+            if number < len(deepstack):
+                x = x + self._scatter_to_image_tokens(deepstack[number])
+            if number + 1 in keep:
+                states[number + 1] = x if number + 1 < self.layers else language.norm(x)
+        return states
+
+    def _run_layer(self, layer, *inputs, **named):
+        """Call layer(*inputs, **named); under gradient checkpointing without keeping its activations."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+        return layer(*inputs, **named)
+
+    def _scatter_to_image_tokens(self, features):
+        """Spread [B, C, tokens, D] over the prompt: [B, L, D], zeros at all but the image tokens."""
+        padded = F.pad(features, (0, 0, 1, 1)).flatten(1, 2)  # start and end token of each camera
+        return F.pad(padded, (0, 0, self.first_image, self.length - self.image_end))
+
+    def image_states(self, x):
+        """Pick the image tokens of [B, L, D]: f32 [B, C tokens, D]."""
+        blocks = x[:, self.first_image : self.image_end].unflatten(1, (self.cameras, -1))  # start, tokens, end
+        return blocks[:, :, 1:-1].flatten(1, 2).float()
+
+    def placeholder_states(self, x):
+        """Pick the placeholders of [B, L, D]: f32 [B, Q, D]."""
+        return x[:, -self.num_placeholders :].float()
+
+
+def _rotate(x, cos, sin):
+    """Apply rotary embeddings to x [..., tokens, head_dim]."""
+    first, second = x.float().chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def rms_norms(qwen):
+    """Return the RMS norms of the language model."""
+    return [module for module in qwen.modules() if isinstance(module, Qwen3VLTextRMSNorm)]
+
+
+def _rms_norm(module, x):
+    """Compute transformers' RMS norm as one kernel on a GPU instead of six; the same bits in f32."""
+    with torch.autocast(x.device.type, enabled=False):  # which would copy x to f32
+        return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is trained of a backbone: all of it, low-rank updates (LoRA), or nothing
+
+
+def set_trainable(qwen, config):
+    """Make trainable what `config.tuning` says: "full", "lora" or "frozen" ("": lora, and random backbones in full)."""
+    tuning = config.tuning or ("full" if config.backbone in SIZES else "lora")
+    qwen.requires_grad_(tuning == "full")
+    if tuning == "lora":
+        add_lora(qwen, config.lora_rank, config.lora_alpha, config.lora_targets)
+
+
+def add_lora(module, rank, alpha, targets=()):
+    """Add trainable low-rank updates to the linear layers of `module` whose last name is in `targets` (default: all).
+
+    Raise ValueError listing the names that there are.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # 2 s to import, and the tiny backbone does without
+
+    linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    known = sorted({_last_name(name) for name in linear})
+    if not set(targets) <= set(known):
+        raise ValueError(f"lora_targets are {', '.join(targets)}; the linear layers here are {', '.join(known)}")
+    chosen = [name for name in linear if not targets or _last_name(name) in targets]
+    module.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), module)
+    for _, layer in lora_layers(module):
+        layer.forward = functools.partial(_lora_linear, layer)
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # peft makes them in the base's bf16, where small updates round to nothing
+            parameter.data = parameter.data.float()
+
+
+def _lora_linear(layer, x):
+    """Compute W x + s B A x as peft's layer does, but scaled and added inside the last product."""
+    rows = x.flatten(0, -2)
+    out = layer.base_layer(rows)
+    up = layer.lora_B["default"].weight
+    out.addmm_(layer.lora_A["default"](rows), up.T.to(out.dtype), alpha=layer.scaling["default"])
+    return out.unflatten(0, x.shape[:-1])
+
+
+def _last_name(name):
+    return name.rpartition(".")[2]
+
+
+def lora_layers(module):
+    """Return [(name, layer)] of the linear layers with a low-rank update."""
+    return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")]
+
+
+def merge_lora(module):
+    """Add each low-rank update to its matrix and replace the layer by the plain linear one."""
+    for name, layer in lora_layers(module):
+        layer.merge()
+        module.set_submodule(name, layer.get_base_layer())
+
+
+def base_hash(module):
+    """Return a short hash of the frozen weights (names, shapes, first values): which base a run was trained on.
+
+    The values are hashed in bf16, so that a GPU (base in bf16) and a CPU (in f32) agree.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.named_parameters()):
+        if not tensor.requires_grad:
+            values = tensor.detach().flatten()[:1024].bfloat16().float().cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]

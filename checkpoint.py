@@ -1,0 +1,275 @@
+"""Runs on disk: files that are never half written, tensors with a checksum, saving and resuming a training.
+
+A run is one folder: config.json, dataset_statistics.json, model.safetensors (what was trained, for use),
+training-<step>.safetensors (what --resume needs, the newest few) and log.jsonl. Nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common import broadcast_object
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def fsync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """Yield a temporary name to write to, which becomes `path` once its contents are on the disk.
+
+    After an error the temporary file is removed and what was at `path` stays.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(temporary.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file atomically: a reader, also after a crash, sees the old file or the new one."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path, content):
+    """Write `content` as JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path):
+    """Return the object in a JSON file. Raise ValueError naming the file when it holds none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}. Put the right file back.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.80}, not an object. Put the right file back.")
+    return content
+
+
+def to_json(config):
+    """Return a config dataclass as a dictionary of JSON values; paths become strings."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def checksum(tensors, info):
+    """Return a CRC-32, as hex digits, over metadata and names, dtypes, shapes and bytes of contiguous CPU tensors."""
+    lines = [*sorted(info.items())]
+    for name, tensor in sorted(tensors.items()):
+        lines += [name, tensor.dtype, *tensor.shape, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())]
+    return f"{zlib.crc32(repr(lines).encode()):08x}"
+
+
+def save_tensors(path, tensors, **info):
+    """Write a safetensors file atomically, with `info` (as strings) and a checksum as its metadata.
+
+    Raise OSError when it cannot be written; what was there before stays.
+    """
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    info = {name: str(value) for name, value in info.items()}
+    with atomic_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, info | {"checksum": checksum(tensors, info)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
+
+
+def load_tensors(path):
+    """Return (tensors, metadata) of a safetensors file. Raise ValueError when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            info = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    stored = info.pop("checksum", None)  # files that others wrote have none
+    if stored:
+        computed = checksum(tensors, info)
+        if stored != computed:
+            raise ValueError(f"{path} is damaged: its checksum is {computed}, but {stored} when it was written")
+    return tensors, info
+
+
+def trainable_tensors(module):
+    """Return {name: tensor} of what training changes: trainable parameters and persistent buffers."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+def load_trainable(module, tensors, source):
+    """Load what `trainable_tensors` returned. Raise ValueError naming `source` when it does not fit."""
+    load_tensors_into(module, trainable_tensors(module), tensors, source)
+
+
+def load_tensors_into(module, expected, tensors, source):
+    """Load `tensors` into `module`; they must have the names and shapes of `expected`, a part of its state.
+
+    Raise ValueError naming `source` and listing what is missing, unknown or of another shape.
+    """
+    faults = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    faults += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, the model's is {tuple(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise ValueError(f"{source} does not fit this model: {'; '.join(sorted(faults)[:8])}{more}")
+    module.load_state_dict(tensors, strict=False)
+
+
+def optimizer_tensors(optimizer):
+    """Return {"optimizer.<parameter number>.<name>": tensor} of AdamW's moments and step counts."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{number}.{name}": tensor for number, entry in state.items() for name, tensor in entry.items()}
+
+
+def load_optimizer(optimizer, tensors):
+    """Load what `optimizer_tensors` returned."""
+    state = {}
+    for key, tensor in tensors.items():
+        _, number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def create_run_folder(path):
+    """Create the folder of a run. Raise FileExistsError when it holds something: no run is ever overwritten."""
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(
+            f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def prepare_run(run, resume, main, description, key, free):
+    """Create the folder of a run with its config.json, or check that a run to be resumed had the same settings.
+
+    resume: as the command line says; also assumed after torchrun restarted this process. main: whether this process
+    writes. description: the content of config.json: the settings under `key`, of which those in `free` may differ, and
+    lists "data" and "targets" of entries with a fingerprint. Return whether there is something to resume.
+    Raise ValueError naming what differs.
+    """
+    run = Path(run)
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if resume and main:
+        for unfinished in run.glob("*.tmp"):
+            unfinished.unlink()
+    if resume and broadcast_object(len(training_saves(run))):
+        _check_same_settings(run, description, key, free)
+        return True
+    if main:
+        config = run / "config.json"
+        # a run that was killed before its first save may be started again in the same folder
+        unfinished = resume and config.exists() and not (run / "model.safetensors").exists()
+        if not (unfinished and key in json.loads(config.read_text())):
+            create_run_folder(run)
+        write_json(config, description)
+    return False
+
+
+def _check_same_settings(run, description, key, free):
+    before = json.loads((run / "config.json").read_text())
+    changed = {
+        name: (before[key].get(name), value)
+        for name, value in description[key].items()
+        if before[key].get(name) != value and name not in free
+    }
+    for name in ("data", "targets"):
+        new, old = ([entry["fingerprint"] for entry in content[name]] for content in (description, before))
+        if new != old:
+            changed[f"contents of the {name}"] = (old, new)
+    if changed:
+        differences = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
+        raise ValueError(f"{run} was trained with other settings: {differences}")
+
+
+def training_saves(run):
+    """Return {step: file} of what `save_training` wrote, the newest first."""
+    files = {path.stem.removeprefix("training-"): path for path in Path(run).glob("training-*.safetensors")}
+    return {int(step): files[step] for step in sorted(filter(str.isdigit, files), key=int, reverse=True)}
+
+
+def save_training(run, module, optimizer, step, weights, log, keep, last):
+    """Write training-<step>.safetensors (all that continuing after `step` updates needs; the `keep` newest stay), and
+    `weights` as model.safetensors.
+
+    A write that fails leaves the older saves and prints a warning; after the `last` update it raises OSError.
+    """
+    try:
+        log.sync()  # or a crash could leave a save that is ahead of its log
+        tensors = trainable_tensors(module) | optimizer_tensors(optimizer)
+        save_tensors(Path(run) / f"training-{step}.safetensors", tensors, step=step)
+        save_tensors(Path(run) / "model.safetensors", weights, step=step)
+        saves = training_saves(run)
+        kept = [number for number in saves if number <= step][:keep]  # later ones were found damaged
+        for number in saves.keys() - kept:
+            saves[number].unlink()
+    except OSError as error:
+        good = next(iter(training_saves(run).values()), "none")
+        message = f"step {step} could not be saved: {error}. The last good save: {good}. Make room on the disk"
+        if last:
+            raise OSError(f"{message}, then go on with --resume.") from error
+        print(f"WARNING: {message}; training goes on.", file=sys.stderr, flush=True)
+
+
+def newest_intact_save(saves):
+    """Return (step, tensors) of the newest of `training_saves` that is not damaged. Raise ValueError when all are."""
+    for step, path in saves.items():
+        try:
+            return step, load_tensors(path)[0]
+        except ValueError as error:
+            print(f"WARNING: {error}. Trying the save before it.", file=sys.stderr, flush=True)
+    raise ValueError(f"every save is damaged: {', '.join(map(str, saves.values()))}. Train again, with another --out.")
+
+
+def restore_training(run, module, optimizer):
+    """Load weights and optimizer of the newest intact save of `run`; return the number of updates that it has seen.
+
+    The first process chooses the save. Raise ValueError when all are damaged.
+    """
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    step, tensors = newest_intact_save(training_saves(run)) if main else (0, None)
+    step = broadcast_object(step)
+    path = Path(run) / f"training-{step}.safetensors"
+    if not main:
+        tensors, _ = load_tensors(path)
+    moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    load_trainable(module, tensors, path)
+    load_optimizer(optimizer, moments)
+    return step

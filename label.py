@@ -1,0 +1,202 @@
+"""Label every step of a data set with the codes of an image-based latent action model (latent.py).
+
+    python label.py --data data/libero_tiny --lam runs/lam --out runs/labels.safetensors                   # 5 seconds
+    torchrun --nproc-per-node 8 label.py --data DIR --lam DIR                                      # on 8 processes
+
+Writes one safetensors file, which `targets.load_labels` reads: codes u8 [S, P] and vectors f16 [S, P, d] (c, before
+quantisation), with the fingerprints of data and model, delta and the codebook size as metadata. A labelling that was
+interrupted continues when the same command runs again. Leaves out action-based codes: train.py computes those on the
+fly with the action tokenizer.
+
+Axes: S steps of a data set, n steps of an episode, B batch, P codes per step, d width of a code, N patches of a frame,
+F features of a patch.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from checkpoint import load_tensors, save_tensors
+from common import init_distributed, shutdown_distributed
+from data import open_index
+from index import CACHE
+from latent import check_frames, fingerprint, load_lam, text_states
+from quantiser import code_counts, code_usage
+
+EPISODES_PER_PART = 32  # a labelling that was interrupted continues after the last complete part
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Settings of `python label.py`."""
+
+    data: Path
+    """folder of an RLDS data set"""
+    lam: Path
+    """folder of a model that `train_latent.py lam` trained"""
+    out: Path | None = None
+    """file to write; default: the folder of the cached index, where training looks when the data ships no labels"""
+    cache: Path = CACHE
+    """where indices are kept"""
+    batch_size: int = 64
+    """frames, and pairs, encoded at once"""
+    num_workers: int = 0
+    """processes per rank that decode images (0: the labelling process itself)"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+class EpisodeFrames(torch.utils.data.Dataset):
+    """Some episodes as (episode, its frames u8 [n, h, w, 3], resized for the features)."""
+
+    def __init__(self, index, model, episodes):
+        self.index = index
+        self.model = model
+        self.episodes = episodes
+
+    def __len__(self):
+        return len(self.episodes)
+
+    def __getitem__(self, number):
+        episode = self.episodes[number]
+        steps = range(*self.index.starts[episode : episode + 2])
+        frames = [self.model.features.resize(self.index.image(self.model.sizes.camera, step)) for step in steps]
+        return episode, torch.from_numpy(np.stack(frames))
+
+
+@torch.no_grad()
+def encode_episode(model, frames, batch_size, text=None):
+    """Return codes u8 [n, P] and c f16 [n, P, d] of an episode's frames u8 [n, h, w, 3].
+
+    The features of each frame are computed once. text: f32 [length, width], the instruction's states, for stage 1.
+    """
+    device = model.patch_up.weight.device
+    count = len(frames)
+    later = torch.arange(count).add(model.sizes.delta).clamp(max=count - 1)  # the second frame of each pair
+    features = torch.empty(0, device=device)  # [m, N, F], of the frames from `start` on that have been needed so far
+    codes, vectors = [], []
+    for start in range(0, count, batch_size):
+        batch_later = later[start : start + batch_size]  # [B]
+        if start:
+            features = features[batch_size:]
+        missing = frames[start + len(features) : int(batch_later[-1]) + 1].to(device)
+        added = [model.features(part) for part in missing.split(batch_size) if len(part)]
+        features = torch.cat([features, *added])
+        a = features[: len(batch_later)]
+        b = features[(batch_later - start).to(device)]
+        batch_codes, batch_vectors = model.encode(a, b, *expand_text(text, len(a), device))
+        codes.append(batch_codes)
+        vectors.append(batch_vectors)
+    return torch.cat(codes).to("cpu", torch.uint8), torch.cat(vectors).to("cpu", torch.float16)
+
+
+def expand_text(text, batch_size, device):
+    """Return one instruction's states [n, width] as (text [B, n, width], text_mask bool [B, n]), or () for None."""
+    if text is None:
+        return ()
+    mask = torch.ones(batch_size, len(text), dtype=torch.bool)
+    return text.expand(batch_size, -1, -1).to(device), mask.to(device)
+
+
+def label_episodes(index, model, episodes, batch_size=64, texts=None, num_workers=0):
+    """Yield (codes u8 [n, P], c f16 [n, P, d]) of each of `episodes`, in order.
+
+    texts: {instruction: states f32 [length, width]}, for stage 1.
+    """
+    loader = DataLoader(EpisodeFrames(index, model, episodes), batch_size=None, num_workers=num_workers)
+    for episode, frames in loader:
+        text = texts[index.instructions[episode]] if texts else None
+        yield encode_episode(model, frames, batch_size, text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file of labels, in parts until it is complete
+
+
+def main(config, ranks):
+    """Label a data set on all processes and write the file of labels.
+
+    Raises FileExistsError rather than replace a file, ValueError when the model does not fit the data.
+    """
+    index = open_index(config.data, config.cache)
+    model = load_lam(config.lam).to(ranks.device)
+    check_frames(model.sizes, index)
+    out = config.out or index.cache / "labels.safetensors"
+    if out.exists():
+        raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
+    folder = out.with_name(out.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "data": index.fingerprint,
+        "lam": fingerprint(config.lam),
+        "delta": str(model.sizes.delta),
+        "num_codes": str(model.num_codes),
+    }
+    starts = range(0, index.num_episodes, EPISODES_PER_PART)
+    groups = [range(start, min(start + EPISODES_PER_PART, index.num_episodes)) for start in starts]
+    write_parts(index, model, groups[ranks.rank :: ranks.world], folder, metadata, config, ranks)
+    if ranks.main:
+        tensors = join_parts([part_path(folder, group) for group in groups], metadata)
+        save_tensors(out, tensors, **metadata)
+        shutil.rmtree(folder)
+        used, perplexity = code_usage(code_counts(tensors["codes"].long(), model.num_codes))
+        report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
+        print(f"{out}: {len(index)} steps, {report}")
+        print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
+
+
+def part_path(folder, group):
+    """Return the file in `folder` that holds the labels of a group of episodes."""
+    return folder / f"{group[0]}.safetensors"
+
+
+def is_matching_part(path, metadata):
+    """Return whether `path` exists and holds labels with this metadata, thus of the same model and data."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return metadata.items() <= file.metadata().items()
+
+
+def write_parts(index, model, groups, folder, metadata, config, ranks):
+    """Label each group of episodes into a file of `folder`, unless a matching part is there."""
+    texts = text_states(model.sizes.text, index.instructions, ranks.device) if model.sizes.stage == 1 else None
+    steps = [int(index.starts[group[-1] + 1] - index.starts[group[0]]) for group in groups]
+    with tqdm(total=sum(steps), unit=" samples", disable=not ranks.main) as bar:
+        for group, count in zip(groups, steps, strict=True):
+            path = part_path(folder, group)
+            if is_matching_part(path, metadata):
+                bar.update(count)
+                continue
+            labels = []
+            for episode_labels in label_episodes(index, model, group, config.batch_size, texts, config.num_workers):
+                labels.append(episode_labels)
+                bar.update(len(episode_labels[0]))
+            codes, vectors = map(torch.cat, zip(*labels, strict=True))
+            save_tensors(path, {"codes": codes, "vectors": vectors}, **metadata)
+
+
+def join_parts(paths, metadata):
+    """Return {"codes": u8 [S, P], "vectors": f16 [S, P, d]} of all parts, waiting for those of other processes."""
+    if not all(is_matching_part(path, metadata) for path in paths):
+        print(f"waiting for the other processes' parts in {paths[0].parent}")
+    while not all(is_matching_part(path, metadata) for path in paths):
+        time.sleep(1)
+    loaded = [load_tensors(path)[0] for path in paths]
+    return {name: torch.cat([part[name] for part in loaded]) for name in ("codes", "vectors")}
+
+
+if __name__ == "__main__":
+    config = tyro.cli(Config, description=__doc__)
+    main(config, init_distributed())
+    shutdown_distributed()

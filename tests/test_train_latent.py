@@ -1,0 +1,384 @@
+"""train_latent.py and label.py as commands: one process or two, resuming, held-out episodes, refused settings."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import tyro
+
+import checkpoint
+import common
+import label
+import latent
+import quantiser
+import targets
+import train_latent
+from index import episode_steps, split_episodes
+from rlds import open_index
+
+ONE = common.Ranks(0, 1, torch.device("cpu"))
+SMALL_LAM = dict(image_size=24, width=16, num_blocks=1, code_dim=8, delta=5)
+SMALL = {  # settings with which each command trains for a fraction of a second
+    train_latent.LamTraining: SMALL_LAM,
+    train_latent.TokenizerTraining: dict(num_codes=16, code_dim=16),
+}
+COMMANDS = tuple(SMALL)
+
+
+def make_config(command, out, data, cache, **changes):
+    """Return small settings of a command for one data set."""
+    small = dict(max_steps=2, global_batch_size=8, val_fraction=0.25)
+    return command(data=[data], out=out, cache=cache, **small | SMALL[command] | changes)
+
+
+def lam_config(out, data, cache, **changes):
+    """Return small settings of `train_latent.py lam`."""
+    return make_config(train_latent.LamTraining, out, data, cache, **changes)
+
+
+def read_log(folder):
+    """Return the entries of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def read_weights(folder):
+    """Return the tensors of a run's model."""
+    return checkpoint.load_tensors(folder / "model.safetensors")[0]
+
+
+def assert_same_weights(folder, expected):
+    """Fail unless the models in two folders are the same in every bit."""
+    tensors, expected = read_weights(folder), read_weights(expected)
+    assert tensors.keys() == expected.keys()
+    for name in tensors:
+        assert torch.equal(tensors[name], expected[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One process and two
+
+
+def train_quantiser(rank, world, kind):
+    """Return the state after each of five updates in float64, with an initialisation and restarts.
+
+    Rank r has the vectors r::world.
+    """
+    q = quantiser.QUANTISERS[kind](6, 3, patience=2).double()
+    states = []
+    for step in range(5):
+        x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64) + 5 * step
+        valid = torch.arange(16).view(8, 2) % 5 > 0
+        *_, loss = q(x[rank::world], valid[rank::world])
+        if kind == "loss":
+            (gradient,) = torch.autograd.grad(loss, q.codebook)
+            with torch.no_grad():
+                q.codebook -= common.all_mean(gradient)  # as DistributedDataParallel averages
+        states.append({name: tensor.clone() for name, tensor in q.state_dict().items()})
+    return states
+
+
+def train_on_ranks(rank, world, out, config):
+    """Save the states of both quantisers on each of `world` processes; train a whole model and label with it."""
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    torch.save({kind: train_quantiser(rank, world, kind) for kind in ("ema", "loss")}, f"{out}/{world}-{rank}.pt")
+    ranks = common.Ranks(rank, world, torch.device("cpu"))
+    train_latent.train(replace(config, out=out / f"lam{world}"), ranks)
+    labelling = label.Config(data=config.data[0], lam=out / "lam1", out=out / f"labels{world}", cache=config.cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label, "EPISODES_PER_PART", 3)  # of 8 episodes: three parts
+        label.main(labelling, ranks)
+    common.shutdown_distributed()
+
+
+@pytest.fixture(scope="module")
+def on_ranks(rlds, cache, tmp_path_factory):
+    """The folder with what `train_on_ranks` wrote on one process and then on two."""
+    out = tmp_path_factory.mktemp("ranks")
+    config = lam_config(out, rlds, cache, max_steps=4, global_batch_size=16)
+    train_on_ranks(0, 1, out, config)
+    mp.spawn(train_on_ranks, (2, out, config), nprocs=2)
+    return out
+
+
+@pytest.mark.parametrize("kind", ("ema", "loss"))
+def test_quantiser_on_two_processes_equals_one(kind, on_ranks):
+    """Bit-equal on both, and 1e-9 from one process, through an initialisation and restarts."""
+    one, first, second = (torch.load(on_ranks / f"{name}.pt")[kind] for name in ("1-0", "2-0", "2-1"))
+    moved = [(a["codebook"] - b["codebook"]).norm(dim=1) for a, b in zip(one, one[1:])]
+    assert max(step.max() for step in moved) > 4  # a restart
+    for expected, state, other in zip(one, first, second, strict=True):
+        for name in expected:
+            assert torch.equal(state[name], other[name]), name
+            assert torch.allclose(expected[name].double(), state[name].double(), rtol=0, atol=1e-9), name
+
+
+def test_whole_model_on_two_processes_equals_one(on_ranks):
+    """Losses, usage and the trained codebook; then the labels, which one model gives on one process and on two."""
+    for one, two in zip(read_log(on_ranks / "lam1"), read_log(on_ranks / "lam2"), strict=True):
+        assert one["usage"] == two["usage"]
+        for name in ("loss", "reconstruction_loss", "quantisation_loss", "action_loss", "copy_error"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3), name
+    codebooks = [read_weights(on_ranks / f"lam{world}")["codes.quantiser.codebook"] for world in (1, 2)]
+    assert torch.allclose(*codebooks, atol=1e-4)
+    one, one_metadata = checkpoint.load_tensors(on_ranks / "labels1")
+    two, two_metadata = checkpoint.load_tensors(on_ranks / "labels2")
+    assert one_metadata == two_metadata and all(torch.equal(one[name], two[name]) for name in one)
+    assert not list(on_ranks.glob("*.parts"))
+
+
+def test_trained_folders_are_complete_and_never_overwritten(rlds, cache, on_ranks, tokenizer):
+    """A loadable model, the statistics of its data, one log line per update; a folder is never written to twice."""
+    assert latent.load_tokenizer(tokenizer).config["chunk"] == 8
+    for folder in (tokenizer, on_ranks / "lam1"):
+        assert "q99" in (folder / "dataset_statistics.json").read_text()
+    log = read_log(on_ranks / "lam1")
+    assert [entry["step"] for entry in log] == [0, 1, 2, 3]
+    assert {"usage", "perplexity", "lr", "samples_per_s", "reconstruction_loss"} <= log[0].keys()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        train_latent.train(lam_config(on_ranks / "lam1", rlds, cache), ONE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages and held-out episodes
+
+
+def test_video_without_actions_or_instructions_trains_both_stages(video, cache, t5, dino, tmp_path, capsys):
+    """Stage 1 with T5 and DINOv2, stage 2 from it, labels: each command's last line names the next command."""
+    settings = dict(features=str(dino), text=str(t5), image_size=14, action_fraction=0.5, max_steps=1)
+    first, second = tmp_path / "one", tmp_path / "two"
+    train_latent.train(lam_config(first, video, cache, stage=1, **settings), ONE)
+    assert f"--stage 2 --init-from {first}" in capsys.readouterr().out
+    train_latent.train(lam_config(second, video, cache, stage=2, init_from=first, **settings), ONE)
+    assert f"Next: python label.py --data {video} --lam {second}" in capsys.readouterr().out
+    (entry,) = read_log(second)
+    assert "action_loss" not in entry and entry["loss"] > 0 and len(entry["usage"]) == len(entry["perplexity"]) == 4
+    for folder in (first, second):
+        out = tmp_path / f"{folder.name}.safetensors"
+        label.main(label.Config(data=video, lam=folder, out=out, cache=cache), ONE)
+        labels = targets.load_labels(open_index(video, cache), out, delta=5)
+        assert labels.fingerprint == latent.fingerprint(folder) and labels.vectors.shape[1:] == (4, 8)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_held_out_episodes_are_measured_and_not_trained_on(command, rlds, cache, index, tmp_path, monkeypatch, capsys):
+    """And late in its training the tokenizer's codebook is refitted once, to the training samples."""
+    samples = {}
+
+    def record(name, function):
+        def recorded(first, *rest):
+            assert name not in samples  # each is called once
+            samples[name] = rest[0]
+            return function(first, *rest)
+
+        return recorded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_latent, "run_training", record("training", train_latent.run_training))
+        patch.setattr(train_latent, "measure", record("measured", train_latent.measure))
+        patch.setattr(latent.ActionTokenizer, "refit", record("refit", latent.ActionTokenizer.refit))
+        train_latent.train(make_config(command, tmp_path / "out", rlds, cache, seed=2), ONE)
+    training, held_out = split_episodes(index, 0.25, 2)
+    assert samples["training"].steps[0].tolist() == episode_steps(index, training).tolist()
+    assert samples["measured"].steps[0].tolist() == episode_steps(index, held_out).tolist()
+    refitted = samples["training"] if command is train_latent.TokenizerTraining else None
+    assert samples.get("refit") is refitted
+    assert "On held-out episodes" in capsys.readouterr().out
+    train_latent.train(make_config(command, tmp_path / "all", rlds, cache, seed=2, val_fraction=0.0), ONE)
+    text = capsys.readouterr().out
+    assert "On training episodes" in text and "held-out" not in text
+
+
+def test_second_stage_is_announced_with_the_flags_that_it_needs(tmp_path):
+    """The printed command, parsed as the command line would be, has the sizes of the first stage."""
+    config = lam_config(tmp_path / "one", tmp_path / "data", tmp_path, stage=1, centre=False, text="t5")
+    command = train_latent.next_command(config, "lam").split()
+    assert command[:6] == ["train_latent.py", "lam", "--stage", "2", "--init-from", str(tmp_path / "one")]
+    parsed = tyro.cli(train_latent.LamTraining, args=command[2:])
+    for name in ("image_size", "width", "num_blocks", "code_dim", "delta", "centre", "data"):
+        assert getattr(parsed, name) == getattr(config, name), name
+
+
+def test_every_quantiser_is_a_choice_of_the_command_line():
+    """And nothing else is."""
+    required = ["--data", "d", "--out", "o", "--codebook"]
+    for name in quantiser.QUANTISERS:
+        assert tyro.cli(train_latent.LamTraining, args=[*required, name]).codebook == name
+    with pytest.raises(SystemExit):
+        tyro.cli(train_latent.LamTraining, args=[*required, "unknown"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted training
+
+
+def test_resumed_training_ends_bit_identically(rlds, cache, tmp_path, monkeypatch):
+    """Interrupted after a save and continued, or not: the same weights, codebook counts included, and the same log."""
+    whole = lam_config(tmp_path / "whole", rlds, cache, max_steps=4)
+    train_latent.train(whole, ONE)
+    part = replace(whole, out=tmp_path / "part", save_every=2, resume=True)
+
+    def save_and_interrupt(*arguments):
+        checkpoint.save_training(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_latent, "save_training", save_and_interrupt)
+        train_latent.train(part, ONE)
+    assert list(checkpoint.training_saves(part.out)) == [2]
+    train_latent.train(part, ONE)
+    assert [entry["step"] for entry in read_log(part.out)] == [0, 1, 2, 3]
+    assert_same_weights(part.out, whole.out)
+    with pytest.raises(ValueError, match="trained with other settings: learning_rate 0.001 .now 0.1."):
+        train_latent.train(replace(part, learning_rate=0.1), ONE)
+
+
+def test_no_updates_copy_the_model_that_training_starts_from(rlds, cache, tmp_path):
+    """As a checkpoint of UniVLA is made a folder for label.py; only the same split can start from a model."""
+    whole = lam_config(tmp_path / "whole", rlds, cache)
+    train_latent.train(whole, ONE)
+    copied = replace(whole, out=tmp_path / "copied", init_from=whole.out, max_steps=0)
+    train_latent.train(copied, ONE)
+    assert_same_weights(copied.out, whole.out)
+    match = r"seed are \(0.25, 1\), but .*whole was trained on the same data with \(0.25, 0\)"
+    with pytest.raises(ValueError, match=match):
+        train_latent.train(replace(copied, out=tmp_path / "other", seed=1), ONE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_sigterm_saves_and_the_rest_is_the_same(command, rlds, cache, tmp_path, monkeypatch, capsys):
+    """Ended by a scheduler after two updates, its newest save then damaged: weights and log of a whole training."""
+    whole = make_config(command, tmp_path / "whole", rlds, cache, max_steps=5, save_every=1)
+    train_latent.train(whole, ONE)
+    part = replace(whole, out=tmp_path / "part", resume=True)
+    tick = common.Meter.tick
+
+    def tick_and_signal(meter, *arguments):
+        if len(meter.times) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return tick(meter, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Meter, "tick", tick_and_signal)
+        train_latent.train(part, ONE)
+    assert "SIGTERM: saved. Go on: the same command with --resume" in capsys.readouterr().out
+    newest, _ = checkpoint.training_saves(part.out).values()
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train_latent.train(part, ONE)
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert_same_weights(part.out, whole.out)
+    for a, b in zip(read_log(whole.out), read_log(part.out), strict=True):
+        assert a | {"samples_per_s": 0} == b | {"samples_per_s": 0} and a["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_loss_that_is_not_finite_ends_the_training(command, rlds, cache, tmp_path):
+    """Without a save, naming the update and its samples."""
+    config = make_config(command, tmp_path / "out", rlds, cache, max_steps=30, learning_rate=1e36)
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*tfrecord-\S+: step \d+ of episode \d+; /"):
+        train_latent.train(config, ONE)
+    assert not checkpoint.training_saves(tmp_path / "out")
+
+
+def test_resuming_from_a_changed_first_stage_is_refused(rlds, cache, tmp_path):
+    """Also where a different model has taken the folder of the first one."""
+    first = lam_config(tmp_path / "one", rlds, cache, stage=1)
+    train_latent.train(first, ONE)
+    train_latent.train(replace(first, out=tmp_path / "changed", learning_rate=2e-3), ONE)
+    second = lam_config(tmp_path / "two", rlds, cache, stage=2, init_from=first.out, resume=True)
+    train_latent.train(second, ONE)
+    shutil.rmtree(first.out)
+    (tmp_path / "changed").rename(first.out)
+    with pytest.raises(ValueError, match="contents of the targets"):
+        train_latent.train(second, ONE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labelling
+
+
+def test_an_interrupted_labelling_continues(rlds, cache, index, on_ranks, tmp_path):
+    """Parts of the same model, data and delta are kept; others are made again."""
+    out = tmp_path / "labels"
+    config = label.Config(data=rlds, lam=on_ranks / "lam1", out=out, cache=cache)
+    _, metadata = checkpoint.load_tensors(on_ranks / "labels1")
+    marked = {
+        "codes": torch.full((len(index), 4), 7, dtype=torch.uint8),
+        "vectors": torch.zeros(len(index), 4, 8).half(),
+    }
+    for part_metadata, kept in ((metadata | {"lam": "of a different model"}, False), (metadata, True)):
+        folder = tmp_path / "labels.parts"
+        folder.mkdir()
+        checkpoint.save_tensors(folder / "0.safetensors", marked, **part_metadata)
+        label.main(config, ONE)
+        codes = checkpoint.load_tensors(out)[0]["codes"]
+        assert bool((codes == 7).all()) == kept and not folder.exists()
+        out.unlink()
+
+
+def test_labels_without_out_lie_where_training_looks(tmp_path, rlds, on_ranks, capsys):
+    """A second labelling, other data or another delta is refused."""
+    config = label.Config(data=rlds, lam=on_ranks / "lam1", cache=tmp_path / "cache")
+    label.main(config, ONE)
+    text = capsys.readouterr().out
+    assert "codes in use" in text and "train.py --variant la_align" in text
+    index = open_index(rlds, tmp_path / "cache")
+    path = targets.label_path(index, rlds)
+    labels = targets.load_labels(index, path, delta=5)
+    assert (labels.num_codes, labels.fingerprint) == (16, latent.fingerprint(on_ranks / "lam1"))
+    with pytest.raises(ValueError, match="labels the data set with fingerprint"):
+        targets.load_labels(replace(index, fingerprint="other"), path)
+    with pytest.raises(ValueError, match="made with delta 5"):
+        targets.load_labels(index, path, delta=8)
+    with pytest.raises(FileExistsError, match="exists. Delete it"):
+        label.main(config, ONE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_bad_settings_are_refused_before_anything_is_written(rlds, cache, tmp_path):
+    """With the name and the value of the setting."""
+    out = tmp_path / "out"
+
+    def refused(match, error=ValueError, **changes):
+        with pytest.raises(error, match=match):
+            train_latent.train(lam_config(out, rlds, cache, **changes), ONE)
+
+    refused("stage is 2 but init_from is not given", stage=2)
+    refused("delta is 99, but the longest episode of made has", delta=99)
+    refused("num_codes is 257", num_codes=257)
+    refused("code_dim is 0; it must be at least 1", code_dim=0)
+    refused("patch_size is 0", patch_size=0)
+    refused("width is 20; it must be a multiple of 2 x heads, 8", width=20)
+    refused("max_steps is 0; it must be at least 1", max_steps=0)
+    refused("action_fraction is 2", action_fraction=2.0)
+    refused("init_from .*nothing does not exist", FileNotFoundError, init_from=tmp_path / "nothing", stage=2)
+    with pytest.raises(ValueError, match=r"two data sets of one name, \['made', 'made'\]"):
+        train_latent.train(replace(lam_config(out, rlds, cache), data=[rlds, rlds]), ONE)
+    with pytest.raises(ValueError, match="code_dim is 30; it must be a multiple of the 4 heads"):
+        train_latent.train(make_config(train_latent.TokenizerTraining, out, rlds, cache, code_dim=30), ONE)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("settings", (*COMMANDS, label.Config))
+def test_every_setting_is_read(settings):
+    """No field of a command is there for nothing: each is read as `config.<field>` or `sizes.<field>`."""
+    read = set()
+    for module in (latent, label) if settings is label.Config else (latent, train_latent):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+                if owner in ("config", "sizes"):
+                    read.add(node.attr)
+    assert {field.name for field in fields(settings)} <= read
