@@ -1,14 +1,13 @@
 """The backbone: Qwen3-VL without its language-model head, run with static shapes over transformers' modules.
 
 All images have one size and every sample one layout, so a forward pass without loops over samples, boolean scatters or
-waits for the GPU gives what transformers' own gives, to rounding (tests). Also here: which of its weights are trained
-(all, low-rank updates, or none). Left out: the language-model head, generation, video.
+waits for the GPU gives what transformers' own gives, to rounding (tests). lora.py says which weights are trained.
+Left out: the language-model head, generation, video.
 
 Axes: B batch, C cameras, S side of an image, L tokens, T text tokens, D width, N layers, Q placeholders.
 """
 
 import functools
-import hashlib
 import math
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextRMSNorm
 
+from lora import set_trainable
 from tiny import SIZES, tiny_config, tiny_tokenizer
 
 MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
@@ -86,6 +86,7 @@ class Backbone(nn.Module):
         self.text_length = config.text_length
         self.chunk = config.chunk
         self.cameras = config.cameras
+        self.camera_counts = sorted({cameras for *_, cameras in config.embodiments}) or [config.cameras]
         self.num_placeholders = num_placeholders  # Q
         self.checkpointing = False  # recompute activations in the backward pass instead of keeping them
         text, vision = self.qwen.config.text_config, self.qwen.config.vision_config
@@ -131,21 +132,29 @@ class Backbone(nn.Module):
         is_image = torch.zeros(self.length, dtype=torch.bool)
         is_image[: self.image_end] = self.fixed_ids[: self.image_end] == image_token
         self.register_buffer("is_image", is_image, persistent=False)  # [L]
-        self.register_buffer("positions", self._mrope_positions(), persistent=False)  # [3, L]
-        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), self.positions[:, None])
+        camera = (torch.arange(self.length) - self.first_image) // (self.tokens_per_image + 2)
+        inside = (camera >= 0) & (torch.arange(self.length) < self.image_end)
+        self.register_buffer("camera_of", torch.where(inside, camera, -1), persistent=False)  # [L]
+        table_of = torch.zeros(self.cameras + 1, dtype=torch.long)  # of a number of cameras, which table is read
+        table_of[self.camera_counts] = torch.arange(len(self.camera_counts))
+        self.register_buffer("table_of", table_of, persistent=False)
+        positions = torch.stack([self._mrope_positions(count) for count in self.camera_counts], 1)
+        self.register_buffer("positions", positions, persistent=False)  # [3, camera counts, L]
+        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), positions)
         vision_cos, vision_sin = self._vision_rope()
-        self.register_buffer("cos", cos[0], persistent=False)  # [L, head_dim]
-        self.register_buffer("sin", sin[0], persistent=False)
+        self.register_buffer("cos", cos, persistent=False)  # [camera counts, L, head_dim]
+        self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("vision_cos", vision_cos, persistent=False)  # [grid^2, head_dim]
         self.register_buffer("vision_sin", vision_sin, persistent=False)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _mrope_positions(self):
+    def _mrope_positions(self, cameras):
         """Return M-RoPE positions (time, row, column) i64 [3, L] of a prompt without padding.
 
-        An image is one step in time and a grid in rows and columns; other tokens advance all three.
+        An image is one step in time and a grid in rows and columns; other tokens advance all three. Tokens of cameras
+        beyond the first `cameras` advance nothing, as if they were not there.
         """
         side = self.grid // self.merge
         rows, columns = np.divmod(np.arange(self.tokens_per_image), side)
@@ -153,8 +162,11 @@ class Backbone(nn.Module):
         at = 0
         for token in range(self.length):
             inside = token - self.first_image
-            _, slot = divmod(inside, self.tokens_per_image + 2)
-            if 0 <= inside < self.image_end - self.first_image and 1 <= slot <= self.tokens_per_image:
+            camera, slot = divmod(inside, self.tokens_per_image + 2)
+            in_image = 0 <= inside < self.image_end - self.first_image
+            if in_image and camera >= cameras:
+                positions.append((at, at, at))
+            elif in_image and 1 <= slot <= self.tokens_per_image:
                 positions.append((at, at + rows[slot - 1], at + columns[slot - 1]))
                 at += side if slot == self.tokens_per_image else 0
             else:
@@ -188,14 +200,17 @@ class Backbone(nn.Module):
         ids, counts = zip(*entries)
         return torch.stack(ids), torch.stack(counts)
 
-    def positions_and_mask(self, counts):
+    def positions_and_mask(self, counts, num_cameras=None):
         """Return each token's place in a prompt without padding, i64 [B, L], and the attention mask bool [B, 1, L, L].
 
-        Rotary tables are read at these places. The mask is causal and hides padding. counts: i64 [B] real text tokens.
+        Rotary tables are read at these places. The mask is causal and hides padding, and cameras that a sample does not
+        have. counts: i64 [B] real text tokens; num_cameras: i64 [B], None: all have all cameras.
         """
         places = torch.arange(self.length, device=counts.device)
         skipped = (self.text_length - counts)[:, None] * (places >= self.header_start)  # [B, L]
         padding = (places >= self.text_start + counts[:, None]) & (places < self.header_start)  # [B, L]
+        if num_cameras is not None:
+            padding = padding | (self.camera_of >= num_cameras[:, None])
         causal = places[:, None] >= places  # [L, L]
         return places - skipped, causal & ~padding[:, None, None, :]
 
@@ -258,12 +273,19 @@ class Backbone(nn.Module):
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, images, text, counts, placeholders, keep=None):
+    def rotary_tables(self, places, num_cameras=None):
+        """Return cos and sin [B, L, head_dim] of tokens at some places i64 [B, L]; num_cameras: as above."""
+        if num_cameras is None:
+            return self.cos[0][places], self.sin[0][places]
+        table = self.table_of[num_cameras][:, None]  # [B, 1]
+        return self.cos[table, places], self.sin[table, places]
+
+    def forward(self, images, text, counts, placeholders, keep=None, num_cameras=None):
         """Return {k: nu^(k) [B, L, D]} for each k in `keep` (default: all, 0 to N).
 
         nu^(k) is the residual stream after k layers, deepstack included; nu^(N) is taken after the final norm.
         images: f32 [B, C, 3, S, S] in [-1, 1]; text: i64 [B, T]; counts: i64 [B] real text tokens;
-        placeholders: [Q, D].
+        placeholders: [Q, D]; num_cameras: i64 [B], of samples that do not have all C cameras; None: all do.
         """
         language, batch = self.qwen.language_model, len(images)
         keep = range(self.layers + 1) if keep is None else keep
@@ -273,8 +295,8 @@ class Backbone(nn.Module):
         queries = placeholders.to(image_tokens.dtype).expand(batch, -1, -1)
         x = torch.cat([language.embed_tokens(ids), queries], 1)  # [B, L, D]
         x = torch.where(self.is_image[:, None], self._scatter_to_image_tokens(image_tokens), x)
-        places, mask = self.positions_and_mask(counts)
-        rope = self.cos[places].to(x.dtype), self.sin[places].to(x.dtype)  # [B, L, head_dim]
+        places, mask = self.positions_and_mask(counts, num_cameras)
+        rope = tuple(table.to(x.dtype) for table in self.rotary_tables(places, num_cameras))  # [B, L, head_dim]
         states = {0: x} if 0 in keep else {}
         for number, layer in enumerate(language.layers):
             x = self._run_layer(layer, x, attention_mask=mask, position_embeddings=rope)
@@ -300,6 +322,11 @@ class Backbone(nn.Module):
         blocks = x[:, self.first_image : self.image_end].unflatten(1, (self.cameras, -1))  # start, tokens, end
         return blocks[:, :, 1:-1].flatten(1, 2).float()
 
+    def image_mask(self, num_cameras):
+        """Return which of `image_states` a sample has, bool [B, C tokens]. num_cameras: i64 [B]."""
+        cameras = torch.arange(self.cameras, device=num_cameras.device).repeat_interleave(self.tokens_per_image)
+        return cameras < num_cameras[:, None]
+
     def placeholder_states(self, x):
         """Pick the placeholders of [B, L, D]: f32 [B, Q, D]."""
         return x[:, -self.num_placeholders :].float()
@@ -320,74 +347,3 @@ def _rms_norm(module, x):
     """Compute transformers' RMS norm as one kernel on a GPU instead of six; the same bits in f32."""
     with torch.autocast(x.device.type, enabled=False):  # which would copy x to f32
         return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is trained of a backbone: all of it, low-rank updates (LoRA), or nothing
-
-
-def set_trainable(qwen, config):
-    """Make trainable what `config.tuning` says: "full", "lora" or "frozen" ("": lora, and random backbones in full)."""
-    tuning = config.tuning or ("full" if config.backbone in SIZES else "lora")
-    qwen.requires_grad_(tuning == "full")
-    if tuning == "lora":
-        add_lora(qwen, config.lora_rank, config.lora_alpha, config.lora_targets)
-
-
-def add_lora(module, rank, alpha, targets=()):
-    """Add trainable low-rank updates to the linear layers of `module` whose last name is in `targets` (default: all).
-
-    Raise ValueError listing the names that there are.
-    """
-    from peft import LoraConfig, inject_adapter_in_model  # 2 s to import, and the tiny backbone does without
-
-    linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    known = sorted({_last_name(name) for name in linear})
-    if not set(targets) <= set(known):
-        raise ValueError(f"lora_targets are {', '.join(targets)}; the linear layers here are {', '.join(known)}")
-    chosen = [name for name in linear if not targets or _last_name(name) in targets]
-    module.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), module)
-    for _, layer in lora_layers(module):
-        layer.forward = functools.partial(_lora_linear, layer)
-    for parameter in module.parameters():
-        if parameter.requires_grad:  # peft makes them in the base's bf16, where small updates round to nothing
-            parameter.data = parameter.data.float()
-
-
-def _lora_linear(layer, x):
-    """Compute W x + s B A x as peft's layer does, but scaled and added inside the last product."""
-    rows = x.flatten(0, -2)
-    out = layer.base_layer(rows)
-    up = layer.lora_B["default"].weight
-    out.addmm_(layer.lora_A["default"](rows), up.T.to(out.dtype), alpha=layer.scaling["default"])
-    return out.unflatten(0, x.shape[:-1])
-
-
-def _last_name(name):
-    return name.rpartition(".")[2]
-
-
-def lora_layers(module):
-    """Return [(name, layer)] of the linear layers with a low-rank update."""
-    return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")]
-
-
-def merge_lora(module):
-    """Add each low-rank update to its matrix and replace the layer by the plain linear one."""
-    for name, layer in lora_layers(module):
-        layer.merge()
-        module.set_submodule(name, layer.get_base_layer())
-
-
-def base_hash(module):
-    """Return a short hash of the frozen weights (names, shapes, first values): which base a run was trained on.
-
-    The values are hashed in bf16, so that a GPU (base in bf16) and a CPU (in f32) agree.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.named_parameters()):
-        if not tensor.requires_grad:
-            values = tensor.detach().flatten()[:1024].bfloat16().float().cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]

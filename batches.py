@@ -1,8 +1,8 @@
-"""Samples, batches and pixels: from the steps of a data set to what a model is trained on.
+"""Samples, batches and pixels: from the steps of data sets to what a model is trained on.
 
 The sample at a position of the stream is a pure function of (seed, position), so that any number of processes and of
-data workers, and any later start, sees the same batches. Pixels are cropped, resized and coloured on the whole batch,
-on its device, with the augmentation of OpenVLA-OFT (arXiv 2502.19645).
+data workers, and any later start, sees the same batches; no table grows with the data. Pixels are cropped, resized and
+coloured on the whole batch, on its device, with the augmentation of OpenVLA-OFT (arXiv 2502.19645).
 Left out: samples of latent models (train_latent.py).
 
 Axes: S steps of a data set, E episodes, B batch, C cameras, H chunk steps, A action size, N proprio size, P codes per
@@ -10,63 +10,121 @@ step, d width of a code.
 """
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from index import episode_steps
-from normalise import normalise, standardise
+from PIL import Image
 
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samples
+# Shuffling without tables
+
+
+def permute(position, count, keys):
+    """Return where a pseudo-random permutation of 0 .. count - 1 puts `position`: a Feistel network.
+
+    keys: an even number of integers, one for each round. Numbers beyond `count` are permuted again until they are below
+    (cycle walking), which takes two tries at most on average.
+    """
+    bits = max(2, (count - 1).bit_length())
+    while True:
+        left_bits, right_bits = bits // 2, bits - bits // 2
+        left, right = position >> right_bits, position & ((1 << right_bits) - 1)
+        for key in keys:
+            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, (left + (mixed >> 32)) & ((1 << left_bits) - 1)
+            left_bits, right_bits = right_bits, left_bits
+        position = left << right_bits | right
+        if position < count:
+            return position
+
+
+@functools.lru_cache(maxsize=256)
+def round_keys(*seed):
+    """Return the keys of `permute` that belong to some integers."""
+    return tuple(int(key) for key in np.random.default_rng(seed).integers(1 << 62, size=8))
+
+
+class EpisodeSteps:
+    """The steps of some episodes as a sequence: number k is found from the episodes' lengths alone."""
+
+    def __init__(self, starts, episodes):
+        """starts: i64 [E + 1] as of an `Index`; episodes: numbers of the episodes, in any order."""
+        self.first = starts[episodes]
+        self.ends = np.cumsum(starts[np.add(episodes, 1)] - self.first)
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number):
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        row = int(np.searchsorted(self.ends, number, "right"))
+        before = int(self.ends[row - 1]) if row else 0
+        return int(self.first[row]) + number - before
+
+
+@dataclass
+class Source:
+    """Episodes of one data set that are drawn alike."""
+
+    dataset: int
+    """number of the data set"""
+    episodes: np.ndarray
+    """their numbers, i64 [n]"""
+    weight: float = 1.0
+    """how often each of their steps occurs in an epoch; of a fraction, a random part occurs"""
+    labelled: bool = True
+    """whether their actions are used; else they are video"""
 
 
 class ShuffledSteps(torch.utils.data.Dataset):
     """An endless, globally shuffled stream of the steps of one or more data sets; a subclass adds `sample`.
 
     The step at a position is a pure function of (seed, position): each epoch of `epoch_length` positions is a new
-    permutation. A data set of weight w occurs w times per epoch; for a fraction, a random part of it does.
+    permutation of all sources together.
     """
 
-    def __init__(self, indices, seed=0, weights=None, episodes=None):
-        """weights: one number per index (default: 1 each); episodes: per index the episodes to use (default: all)."""
-        self.indices = indices
+    def __init__(self, datasets, seed=0, sources=None):
+        """sources: list of `Source` (default: all episodes of each data set, labelled where there are actions)."""
+        self.datasets = datasets
         self.seed = seed
-        self.weights = weights or [1.0] * len(indices)
-        self.steps = [episode_steps(index, chosen) for index, chosen in zip(indices, episodes or [None] * len(indices))]
-        self.epoch_length = sum(round(w * len(s)) for w, s in zip(self.weights, self.steps))
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-
-    def _draw_order(self, epoch):
-        """Return the order of one epoch, i64 [epoch_length, 2] of (number of the data set, step)."""
-        rng = np.random.default_rng([self.seed, 0, epoch])
-        places = []
-        for number, (steps, weight) in enumerate(zip(self.steps, self.weights)):
-            count = round(weight * len(steps))
-            permutations = [rng.permutation(steps) for _ in range(count // len(steps) + 1)]
-            places.append(np.stack([np.full(count, number), np.concatenate(permutations)[:count]], 1))
-        return rng.permutation(np.concatenate(places))
+        self.sources = sources or [
+            Source(number, np.arange(each.num_episodes), labelled=each.action_size > 0)
+            for number, each in enumerate(datasets)
+        ]
+        self.steps = [EpisodeSteps(datasets[source.dataset].starts, source.episodes) for source in self.sources]
+        self.counts = [round(source.weight * len(steps)) for source, steps in zip(self.sources, self.steps)]
+        self.ends = np.cumsum(self.counts)
+        self.epoch_length = int(self.ends[-1])
+        if not self.epoch_length:
+            raise ValueError("the sources of the data have no step, or weights of 0")
 
     def place(self, position):
-        """Return (number of the data set, step) at a position of the stream."""
-        epoch, row = divmod(position, self.epoch_length)
-        number, step = self._order(epoch)[row]
-        return int(number), int(step)
+        """Return (number of the source, step) at a position of the stream."""
+        epoch, slot = divmod(position, self.epoch_length)
+        slot = permute(slot, self.epoch_length, round_keys(self.seed, 0, epoch))
+        number = int(np.searchsorted(self.ends, slot, "right"))
+        within = slot - (int(self.ends[number - 1]) if number else 0)
+        steps = self.steps[number]
+        repetition, within = divmod(within, len(steps))  # of a source that occurs more than once in an epoch
+        return number, steps[permute(within, len(steps), round_keys(self.seed, 0, epoch, number + 1, repetition))]
 
     def describe_samples(self, positions):
         """Return file, step and episode of the samples at some positions, as text for messages."""
         texts = []
         for number, step in map(self.place, positions):
-            file, place = self.indices[number].locate(step)
+            file, place = self.datasets[self.sources[number].dataset].locate(step)
             texts.append(f"{file}: {place}")
         return "; ".join(texts)
 
     def sample(self, number, step):
-        """Return the sample at `step` of data set `number`, without random draws."""
+        """Return the sample at `step` of source `number`, without random draws."""
         raise NotImplementedError
 
     def __len__(self):
@@ -77,93 +135,149 @@ class ShuffledSteps(torch.utils.data.Dataset):
         return self.sample(*self.place(position))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples of a policy
+
+
 class ActionChunks(ShuffledSteps):
     """The training samples of a policy. Each item holds
 
-    images      list of u8 [h, w, 3], one per camera      proprio  f32 [N] normalised
-    actions     f32 [H, A] normalised                      valid    bool [H], False past the end of the episode
-    text        str, the instruction                       draws    f32 [C, 6] in [0, 1): what augmentation uses
-    codes       i64 [H, P] and vectors f32 [H, P, d], when labels are given
+    images          list of u8 [h, w, 3], one per camera   proprio  f32 [N] normalised
+    actions         f32 [H, A] normalised                   valid    bool [H], False past the end of the episode
+    action_weight   f32 [A], the weight of each dimension's error; 0 for video, and for dimensions that are padding
+    text            str, the instruction                    draws    f32 [C, 6] in [0, 1): what augmentation uses
+    source          i64 [], number of its source            embodiment  i64 [], number of its embodiment
+    num_cameras     i64 [], how many of the cameras it has; the others are black
+    codes           i64 [H, P] and vectors f32 [H, P, d], when labels are given
+
+    Data sets of different embodiments are padded with 0 to the largest A, N and C. The error of a sample is a mean over
+    its own dimensions, and that of labelled samples is divided by their expected share, so that neither padding nor
+    video changes the scale of the loss.
     """
 
-    def __init__(self, indices, stats, cameras, chunk, seed=0, labels=None, weights=None, episodes=None):
-        """stats: one `statistics` per index; labels: None, or one `Labels` per index; the rest as for `ShuffledSteps`.
-
-        Raises ValueError unless all data sets pass `check_same_sizes`.
-        """
-        super().__init__(indices, seed, weights, episodes)
-        self.stats = stats
+    def __init__(self, datasets, cameras, chunk, seed=0, labels=None, sources=None):
+        """cameras: of each data set the names in order; labels: None, or one `Labels` per data set."""
+        super().__init__(datasets, seed, sources)
         self.labels = labels
         self.cameras = cameras
         self.chunk = chunk
-        check_same_sizes(indices, cameras)
-        self.actions = [normalise(standardise(i.columns["action"]), s["action"]) for i, s in zip(indices, stats)]
-        self.proprio = [normalise(i.columns["state"], s["proprio"]) for i, s in zip(indices, stats)]
+        self.names = list(dict.fromkeys(dataset.spec.embodiment for dataset in datasets))  # of the embodiments
+        self.action_size = max(dataset.action_size for dataset in datasets)
+        self.state_size = max(dataset.state_size for dataset in datasets)
+        self.num_cameras = max(map(len, cameras))
+        self.source_names = [
+            datasets[source.dataset].name + ("" if source.labelled else " (video)") for source in self.sources
+        ]
+        self.image_sides = common_sides(datasets, cameras)
+        expected = [count for source, count in zip(self.sources, self.counts) if source.labelled]
+        self.labelled_share = sum(expected) / self.epoch_length
 
     def __getitem__(self, position):
         """Return the item at a position of the stream, with augmentation draws keyed by (seed, position)."""
-        draws = np.random.default_rng([self.seed, 1, position]).random((len(self.cameras), 6), np.float32)
+        draws = np.random.default_rng([self.seed, 1, position]).random((self.num_cameras, 6), np.float32)
         return super().__getitem__(position) | {"draws": torch.from_numpy(draws)}
 
     def sample(self, number, step):
-        """Return the item at `step` of data set `number`, without augmentation draws."""
-        index = self.indices[number]
-        actions, valid, steps = action_chunk(self.actions[number], index.starts, step, self.chunk)
+        """Return the item at `step` of source `number`, without augmentation draws."""
+        source = self.sources[number]
+        dataset = self.datasets[source.dataset]
+        steps, valid = chunk_steps(dataset.starts, step, self.chunk)
         item = {
-            "images": [torch.from_numpy(index.image(camera, step).copy()) for camera in self.cameras],
-            "proprio": torch.from_numpy(self.proprio[number][step]),
-            "actions": torch.from_numpy(actions),
+            "images": self._images(source.dataset, step),
+            "proprio": torch.from_numpy(pad(dataset.normalised_state([step])[0], self.state_size)),
             "valid": torch.from_numpy(valid),
-            "text": index.instructions[index.episode_of(step)],
+            "text": dataset.instruction(step),
+            "source": torch.tensor(number),
+            "embodiment": torch.tensor(self.names.index(dataset.spec.embodiment)),
+            "num_cameras": torch.tensor(len(self.cameras[source.dataset])),
         }
+        item |= self._actions(dataset, steps, valid, source.labelled)
         if self.labels is not None:
-            labels = self.labels[number]
+            labels = self.labels[source.dataset]
             item["codes"] = torch.from_numpy(labels.codes[steps].astype(np.int64))  # [H, P]
             item["vectors"] = torch.from_numpy(labels.vectors[steps].astype(np.float32))  # [H, P, d]
         return item
 
+    def _actions(self, dataset, steps, valid, labelled):
+        weight = np.zeros(self.action_size, np.float32)
+        if not labelled:
+            return {
+                "actions": torch.zeros(self.chunk, self.action_size),
+                "action_weight": torch.from_numpy(weight),
+            }
+        weight[: dataset.action_size] = self.action_size / dataset.action_size / self.labelled_share
+        actions = action_chunk(dataset, steps, valid)
+        return {
+            "actions": torch.from_numpy(pad(actions, self.action_size)),
+            "action_weight": torch.from_numpy(weight),
+        }
 
-def action_chunk(actions, starts, step, chunk):
-    """Return the chunk of actions f32 [S, A] that begins at `step`: actions f32 [H, A], valid bool [H], steps i64 [H].
+    def _images(self, number, step):
+        """Return the images of a step, black ones for cameras that the data set does not have."""
+        images = []
+        for slot, side in enumerate(self.image_sides):
+            if slot >= len(self.cameras[number]):
+                images.append(torch.zeros(side, side, 3, dtype=torch.uint8))
+                continue
+            pixels = self.datasets[number].image(self.cameras[number][slot], step)
+            images.append(torch.from_numpy(np.array(resize_image(pixels, side))))
+        return images
 
-    starts: i64 [E + 1] as of an `Index`. Past the end of the episode a step is not valid, its action is no motion with
-    the gripper of the last action, and its number is that of the last step.
+
+def resize_image(pixels, side):
+    """Return u8 [h, w, 3] resized to [side, side, 3], bicubic; as it is for side 0."""
+    if not side or pixels.shape[:2] == (side, side):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def chunk_steps(starts, step, chunk):
+    """Return the steps i64 [H] of the chunk that begins at `step`, and valid bool [H]: inside the episode.
+
+    starts: i64 [E + 1] as of an `Index`. Past the end of the episode a step's number is that of the last step.
     """
     end = int(starts[np.searchsorted(starts, step, "right")])
     steps = np.arange(step, step + chunk)
     valid = steps < end
-    steps = np.minimum(steps, end - 1)
-    chosen = actions[steps]
-    chosen[~valid, :-1] = 0.0
-    return chosen, valid, steps
+    return np.minimum(steps, end - 1), valid
 
 
-def check_same_sizes(indices, cameras):
-    """Raise ValueError unless all data sets have the cameras, and images, actions and states of the same sizes.
+def action_chunk(dataset, steps, valid):
+    """Return normalised actions f32 [H, A] of `chunk_steps`: past the end relative motion is 0, the rest repeats."""
+    actions = dataset.normalised_action(steps)
+    if not valid.all():
+        lasting = set(dataset.spec.absolute) | {gripper.index for gripper in dataset.spec.grippers}
+        relative = [number for number in range(dataset.action_size) if number not in lasting]
+        actions[np.ix_(~valid, relative)] = 0.0
+    return actions
 
-    The last action must be a gripper, within [-1, 1].
+
+def pad(x, size):
+    """Return f32 [..., n] with zeros behind up to [..., size]."""
+    if x.shape[-1] == size:
+        return x
+    return np.concatenate([x, np.zeros((*x.shape[:-1], size - x.shape[-1]), np.float32)], -1)
+
+
+def common_sides(datasets, cameras):
+    """Return for each camera slot the side to which images are resized; 0: all data sets store one size, kept as it is.
+
+    cameras: of each data set the names in order. Images whose size the data does not state may differ from one another.
     """
-    first = indices[0]
-    for index in indices:
-        missing = [camera for camera in cameras if camera not in index.cameras]
-        if missing:
-            raise ValueError(f"{index.name} has no camera {missing}; it has {index.cameras}. Choose with --cameras.")
-        for name in ("action", "state"):
-            if name not in index.columns:
-                raise ValueError(f"{index.name} has no steps feature '{name}'; it has {list(index.columns)}")
-            shape = index.columns[name].shape[1:]
-            expected = first.columns[name].shape[1:]
-            if shape != expected:
-                raise ValueError(
-                    f"{name} has shape {shape} in {index.name} but {expected} in {first.name}; they cannot be mixed."
-                )
-        sizes = [(index.image(camera, 0).shape, first.image(camera, 0).shape) for camera in cameras]
-        if any(size != expected for size, expected in sizes):
-            raise ValueError(f"{index.name} stores images of other sizes than {first.name}: {sizes}")
-        if np.abs(index.columns["action"][:, -1]).max() > 1:
-            raise ValueError(
-                f"the last action of {index.name} leaves [-1, 1]; it must be the gripper, -1 open, 1 close"
-            )
+    sides = []
+    for slot in range(max(map(len, cameras))):
+        shapes = [
+            dataset.image(names[slot], 0).shape[:2] if slot < len(names) else None
+            for dataset, names in zip(datasets, cameras)
+        ]
+        stated = all(
+            None not in dataset.index.features[dataset.spec.cameras[names[slot]]].shape
+            for dataset, names in zip(datasets, cameras)
+            if slot < len(names)
+        )
+        largest = max(max(shape) for shape in shapes if shape)
+        sides.append(0 if stated and len(set(shapes)) == 1 else largest)
+    return sides
 
 
 class StepBatchSampler(torch.utils.data.Sampler):

@@ -1,121 +1,21 @@
-"""Runs on disk: files that are never half written, tensors with a checksum, saving and resuming a training.
+"""Saving and resuming a training.
 
 A run is one folder: config.json, dataset_statistics.json, model.safetensors (what was trained, for use),
-training-<step>.safetensors (what --resume needs, the newest few) and log.jsonl. Nothing is ever unpickled.
+training-<step>.safetensors (what --resume needs, the newest few) and log.jsonl.
 """
 
-import contextlib
 import json
 import os
 import sys
-import zlib
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from common import broadcast_object
+from files import load_tensors, save_tensors, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def fsync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def atomic_file(path):
-    """Yield a temporary name to write to, which becomes `path` once its contents are on the disk.
-
-    After an error the temporary file is removed and what was at `path` stays.
-    """
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(temporary.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """Write a text file atomically: a reader, also after a crash, sees the old file or the new one."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text)
-
-
-def write_json(path, content):
-    """Write `content` as JSON, atomically."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path):
-    """Return the object in a JSON file. Raise ValueError naming the file when it holds none."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}. Put the right file back.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r:.80}, not an object. Put the right file back.")
-    return content
-
-
-def to_json(config):
-    """Return a config dataclass as a dictionary of JSON values; paths become strings."""
-    return json.loads(json.dumps(asdict(config), default=str))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tensors
-
-
-def checksum(tensors, info):
-    """Return a CRC-32, as hex digits, over metadata and names, dtypes, shapes and bytes of contiguous CPU tensors."""
-    lines = [*sorted(info.items())]
-    for name, tensor in sorted(tensors.items()):
-        lines += [name, tensor.dtype, *tensor.shape, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())]
-    return f"{zlib.crc32(repr(lines).encode()):08x}"
-
-
-def save_tensors(path, tensors, **info):
-    """Write a safetensors file atomically, with `info` (as strings) and a checksum as its metadata.
-
-    Raise OSError when it cannot be written; what was there before stays.
-    """
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    info = {name: str(value) for name, value in info.items()}
-    with atomic_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, info | {"checksum": checksum(tensors, info)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
-
-
-def load_tensors(path):
-    """Return (tensors, metadata) of a safetensors file. Raise ValueError when it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            info = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    stored = info.pop("checksum", None)  # files that others wrote have none
-    if stored:
-        computed = checksum(tensors, info)
-        if stored != computed:
-            raise ValueError(f"{path} is damaged: its checksum is {computed}, but {stored} when it was written")
-    return tensors, info
+# What training changes
 
 
 def trainable_tensors(module):
@@ -214,6 +114,9 @@ def _check_same_settings(run, description, key, free):
         new, old = ([entry["fingerprint"] for entry in content[name]] for content in (description, before))
         if new != old:
             changed[f"contents of the {name}"] = (old, new)
+    specs = [[entry.get("spec") for entry in content["data"]] for content in (before, description)]
+    if specs[0] != specs[1] and None not in specs[0]:
+        changed["descriptions of the data"] = tuple(specs)
     if changed:
         differences = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
         raise ValueError(f"{run} was trained with other settings: {differences}")

@@ -1,38 +1,220 @@
-"""Opens data sets, whatever their format, and prints what is in one.
+"""Data sets, whatever their format and robot: an index read through a description of what its features mean.
 
-    python data.py data/libero_tiny          # counts, shapes, statistics, a contact sheet
+    python data.py data/libero_tiny          # the description in force, counts, ranges, grippers, a contact sheet
     python data.py data/libero_tiny --check  # all faults of the data and its labels in one go; exit status 1 if any
 
-Everything else opens data through `open_index` and `open_indices`. A format is a module with its `FORMAT` (a text for
-messages), `is_dataset(path)` and `open_index(path, cache, on_fault)`, and one entry in `FORMATS`.
+Everything else opens data through `open_datasets`. A format is a module with its `FORMAT` (a text for messages),
+`is_dataset(path)` and `open_index(path, cache, on_fault)`, and one entry in `FORMATS`. What the features mean says a
+`DataSpec` (dataspec.py).
 Left out: conversion between formats.
+
+Axes: S steps of a data set, n some of them, A action size, N proprio size.
 """
 
+import hashlib
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw
 
+import lerobot_data
 import rlds
-from batches import check_same_sizes
-from index import CACHE
-from normalise import nonfinite_faults, statistics
-from targets import label_path, load_labels
+import video
+from dataspec import GRIPPER_SLACK, find_spec, format_spec, gripper_faults, part_size, split_part
+from files import read_json, write_json
+from index import CACHE, ROWS, raise_fault
+from inspection import check_dataset, contact_sheet, print_summary
+from normalise import Normaliser, column_statistics, standardise
 
-FORMATS = (rlds,)
-THUMBNAIL = 160  # pixels, the side of a frame in the contact sheet
+FORMATS = (rlds, lerobot_data, video)
 
 
-@dataclass
-class Config:
-    data: tyro.conf.Positional[Path]
-    """folder of a data set"""
-    cache: Path = CACHE
-    """where indices are kept"""
-    check: bool = False
-    """only list all that is wrong with the data and its labels; exit status 1 when there is something"""
+# ----------------------------------------------------------------------------------------------------------------------
+# A data set as training, labelling, evaluation and probing see it
+
+
+class Dataset:
+    """An `Index` read through its `DataSpec`: actions, states, instructions and images in the project's conventions."""
+
+    def __init__(self, index, spec, source=""):
+        """source: where the spec comes from, for messages. Use `open_dataset` unless the spec is known to fit."""
+        self.index = index
+        self.spec = spec
+        self.source = source
+        self.name, self.directory, self.cache = index.name, index.directory, index.cache
+        self.fingerprint, self.metadata = index.fingerprint, index.metadata
+        self.starts, self.num_episodes = index.starts, index.num_episodes
+        self.episode_of, self.locate = index.episode_of, index.locate
+        self.cameras = list(spec.cameras)
+        self.action_parts = [split_part(part) for part in spec.action]
+        self.state_parts = [split_part(part) for part in spec.state]
+        self.action_size = part_size(index, spec.action)  # A; 0: video without actions
+        self.state_size = part_size(index, spec.state)  # N; 0: there is no state
+
+    def __len__(self):
+        return len(self.index)
+
+    def stored_action(self, steps):
+        """Return the actions of some steps as they are in the data, f32 [n, A]. steps: i64 [n] or a slice."""
+        return self._join(self.action_parts, steps)
+
+    def action(self, steps):
+        """Return standardised actions f32 [n, A]: grippers 1 open and 0 closed."""
+        return standardise(self.stored_action(steps), self.spec.grippers)
+
+    def state(self, steps):
+        """Return states f32 [n, N] in physical units."""
+        return self._join(self.state_parts, steps)
+
+    def _join(self, parts, steps):
+        arrays = []
+        for path, cut in parts:
+            rows = self.index.columns[path][steps]
+            arrays.append(rows.reshape(len(rows), -1)[:, cut])
+        if not arrays:
+            count = len(range(len(self))[steps]) if isinstance(steps, slice) else len(steps)
+            return np.zeros((count, 0), np.float32)
+        return np.concatenate(arrays, 1, dtype=np.float32)
+
+    def instruction(self, step):
+        """Return the instruction of a step."""
+        if self.spec.instruction:
+            return self.index.texts[self.spec.instruction][step]
+        return self.spec.text
+
+    def instructions(self):
+        """Return all different instructions, sorted."""
+        if self.spec.instruction:
+            return self.index.texts[self.spec.instruction].used()
+        return [self.spec.text]
+
+    def image(self, camera, step):
+        """Return a camera's image u8 [h, w, 3], square unless the description says squeeze (later, at resizing).
+
+        Raises ValueError where it cannot be used, or is not square and the description does not say how it becomes so.
+        """
+        pixels = self.index.image(self.spec.cameras[camera], step)
+        height, width = pixels.shape[:2]
+        if height != width and not self.spec.image_fit:
+            raise ValueError(
+                f"{self.name}: images of camera {camera} have {height} x {width} pixels. Say how they become square: "
+                f'add "image_fit": "pad" (with black), "crop" (the centre) or "squeeze" to the description, and save '
+                f"it as {self.directory}/spec.json:\n{format_spec(self.spec)}"
+            )
+        return fit_image(pixels, self.spec.image_fit)
+
+    def storage_options(self, camera):
+        """Return how a camera's images are stored, {"size", "format", ...}, so that evaluation stores its own alike."""
+        size = list(self.image(camera, 0).shape[:2])
+        options = self.index.storage_options(self.spec.cameras[camera])
+        return {"size": size[0] if size[0] == size[1] else size} | options
+
+    @cached_property
+    def stats(self):
+        """The statistics over all steps: {"action", "proprio" (`column_statistics`), "num_transitions", ...}
+
+        They are kept in the cache. Video without actions or states lacks these entries. Raises ValueError where an
+        action or a state is not finite, or a gripper is not as described.
+        """
+        key = hashlib.sha256(format_spec(self.spec).encode()).hexdigest()[:16]
+        path = self.cache / f"statistics-{key}.json"
+        if path.exists():
+            return read_json(path)
+        for fault in self.value_faults():
+            raise ValueError(fault)
+        stats = {}
+        spec = self.spec
+        if self.action_size:
+            unchanged = {gripper.index for gripper in spec.grippers} | set(spec.unchanged)
+            stats["action"] = column_statistics(self.action, len(self), self.action_size, spec.normalisation, unchanged)
+        if self.state_size:
+            stats["proprio"] = column_statistics(self.state, len(self), self.state_size, spec.normalisation)
+        stats |= {"num_transitions": len(self), "num_trajectories": self.num_episodes}
+        if self.cache.is_dir():
+            own = path.with_name(f"{path.name}-{os.getpid()}")  # each process of a run writes the same
+            write_json(own, stats)
+            own.replace(path)
+        return stats
+
+    def value_faults(self):
+        """Yield a text for all that is wrong with the numbers: not finite, or no gripper as described."""
+        faults = [*nonfinite_faults(self, "action", self.stored_action), *nonfinite_faults(self, "state", self.state)]
+        yield from faults
+        if self.spec.grippers and not faults:
+            yield from gripper_faults(self.spec, *self.action_range(), self.gripper_shares()[2], self.source, self.name)
+
+    def action_range(self):
+        """Return the smallest and the largest stored value of each dimension of the action, f32 [A] each."""
+        smallest = np.full(self.action_size, np.inf, np.float32)
+        largest = -smallest
+        for start in range(0, len(self), ROWS):
+            part = self.stored_action(slice(start, start + ROWS))
+            smallest = np.minimum(smallest, part.min(0))
+            largest = np.maximum(largest, part.max(0))
+        return smallest, largest
+
+    def gripper_shares(self):
+        """Return the shares of all steps in which each gripper is open, closed, and between, f64 [3, grippers]."""
+        numbers = [gripper.index for gripper in self.spec.grippers]
+        counts = np.zeros((2, len(numbers)))
+        for start in range(0, len(self), ROWS):
+            opening = self.action(slice(start, start + ROWS))[:, numbers]
+            counts += (opening >= 1 - GRIPPER_SLACK).sum(0), (opening <= GRIPPER_SLACK).sum(0)
+        shares = counts / len(self)
+        return np.array([*shares, 1 - shares.sum(0)])
+
+    @cached_property
+    def action_normaliser(self):
+        return Normaliser(self.stats["action"])
+
+    @cached_property
+    def state_normaliser(self):
+        return Normaliser(self.stats["proprio"])
+
+    def normalised_action(self, steps):
+        """Return actions as a model is trained on them, f32 [n, A]."""
+        return self.action_normaliser.normalise(self.action(steps))
+
+    def normalised_state(self, steps):
+        """Return states as a model sees them, f32 [n, N]."""
+        if not self.state_size:
+            return self.state(steps)
+        return self.state_normaliser.normalise(self.state(steps))
+
+
+def fit_image(pixels, fit):
+    """Return u8 [h, w, 3] made square by padding with black ("pad") or by its centre ("crop"); else as it is."""
+    height, width = pixels.shape[:2]
+    if height == width or fit not in ("pad", "crop"):
+        return pixels
+    side = max(height, width) if fit == "pad" else min(height, width)
+    top, left = abs(side - height) // 2, abs(side - width) // 2
+    if fit == "crop":
+        return pixels[top : top + side, left : left + side]
+    square = np.zeros((side, side, 3), np.uint8)
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+def nonfinite_faults(dataset, name, read):
+    """Yield a text for each episode in which a column holds a number that is not finite. read(steps) -> [n, size]."""
+    episodes = set()
+    for start in range(0, len(dataset), ROWS):
+        finite = np.isfinite(read(slice(start, start + ROWS))).all(1)
+        episodes |= {dataset.episode_of(start + step) for step in np.flatnonzero(~finite)}
+    for episode in sorted(episodes):
+        start, stop = dataset.starts[episode : episode + 2]
+        values = read(slice(start, stop))
+        places = np.argwhere(~np.isfinite(values))
+        step, dimension = places[0]
+        file, place = dataset.locate(start + step)
+        yield (
+            f"{file}: {name} of {dataset.name} is {values[step, dimension]} at {place}, dimension {dimension} "
+            f"({len(places)} such values in the episode). Repair or remove this episode."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,131 +238,100 @@ def open_index(path, cache=CACHE, on_fault=None):
     return matching[0].open_index(path, cache, on_fault)
 
 
-def open_indices(paths, cache=CACHE):
-    """Return the `Index` of each path. Raises ValueError where two have one name: statistics are kept by name."""
-    indices = [open_index(path, cache) for path in paths]
-    names = [index.name for index in indices]
+def open_dataset(path, cache=CACHE, spec="", on_fault=None):
+    """Return the `Dataset` at `path`, read through its description.
+
+    spec: a JSON file or a preset's name, "" to find it; on_fault: as of `open_index`. Raises as `open_index`, and
+    ValueError where no description fits; then the text proposes one.
+    """
+    index = open_index(path, cache, on_fault)
+    found, source = find_spec(index, spec, (path, index.directory))
+    if not found.cameras:
+        raise ValueError(
+            f"{index.name}, as described by {source}, has no camera. A policy needs one; name it in the spec."
+        )
+    dataset = Dataset(index, found, source)
+    for camera in dataset.cameras:
+        try:
+            dataset.image(camera, 0)
+        except ValueError as fault:
+            (on_fault or raise_fault)(fault)
+    return dataset
+
+
+def open_datasets(paths, cache=CACHE, specs=()):
+    """Return the `Dataset` of each path. specs: none, or one for each. Raises ValueError where two have one name."""
+    datasets = [open_dataset(path, cache, spec) for path, spec in zip(paths, specs or [""] * len(paths), strict=True)]
+    names = [dataset.name for dataset in datasets]
     if len(set(names)) < len(names):
         folders = ", ".join(map(str, paths))
         raise ValueError(
             f"data holds two data sets of one name, {names}, in {folders}; rename one: statistics are kept by name"
         )
-    return indices
+    return datasets
+
+
+def check_embodiments(datasets):
+    """Raise ValueError unless data sets of one embodiment have the same cameras, action, state and conventions.
+
+    Video of a robot has no action and no state to compare.
+    """
+    first = {}  # {(embodiment, with actions or not): data set}
+    for dataset in datasets:
+        spec = dataset.spec
+        other = first.setdefault((spec.embodiment, bool(dataset.action_size)), dataset)
+        known = first.setdefault((spec.embodiment, None), dataset)
+        pairs = {
+            "cameras": (len(spec.cameras), len(known.spec.cameras)),
+            "action size": (dataset.action_size, other.action_size),
+            "state size": (dataset.state_size, other.state_size),
+            "absolute": (spec.absolute, other.spec.absolute),
+            "grippers": ([each.index for each in spec.grippers], [each.index for each in other.spec.grippers]),
+        }
+        for name, (own, expected) in pairs.items():
+            if own != expected:
+                raise ValueError(
+                    f"{dataset.name} and {other.name} are both described as '{spec.embodiment}', but their {name} are "
+                    f"{own} and {expected}; give one another embodiment"
+                )
+
+
+def choose_chunk(chunk, datasets):
+    """Return the actions per chunk: `chunk`, or for 0 what the descriptions say; ValueError if they differ."""
+    stated = {dataset.name: dataset.spec.chunk for dataset in datasets if dataset.action_size}
+    if not chunk and len(set(stated.values())) > 1:
+        raise ValueError(f"the descriptions of the data say different chunks, {stated}; choose one with --chunk")
+    return chunk or next(iter(stated.values()), datasets[0].spec.chunk)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checking
+# The command
 
 
-def check_dataset(path, cache=CACHE):
-    """Print all faults of the data set at `path`: errors, then warnings (odd, but usable). Return the number of errors.
-
-    Reads every record, image, number and text, and the labels if there are any; writes nothing. Raises as `open_index`
-    where not even the files of the data set can be listed.
-    """
-    errors = []
-    warnings = []
-
-    def on_fault(fault, warning=False):
-        if warning:
-            warnings.append(fault)
-        else:
-            errors.append(fault)
-
-    index = open_index(path, cache, on_fault)
-    labels = label_path(index, path)
-    checks_labels = labels.exists() and not errors  # they would not fit an index without the damaged records
-    for camera in index.cameras:
-        for step in range(len(index)):
-            errors += _raised(index.image, camera, step)
-    for name in index.columns:
-        errors += nonfinite_faults(index, name)
-    if {"action", "state"} <= index.columns.keys():
-        errors += _raised(check_same_sizes, [index], [])
-        warnings += _constant_actions(index)
-    if checks_labels:
-        errors += _raised(load_labels, index, labels)
-    for fault in errors:
-        print(f"error: {fault}")
-    for fault in warnings:
-        print(f"warning: {fault}")
-    count = str(len(errors) + len(warnings)) if errors or warnings else "nothing"
-    images = len(index) * len(index.cameras)
-    print(f"{index.name}: {count} found in {index.num_episodes} episodes, {len(index)} steps, {images} images")
-    return len(errors)
-
-
-def _raised(function, *arguments):
-    """Return the ValueError that a call raises, in a list; an empty list if it raises none."""
-    try:
-        function(*arguments)
-    except ValueError as error:
-        return [error]
-    return []
-
-
-def _constant_actions(index):
-    """Yield a text for each dimension of the action that never changes."""
-    actions = index.columns["action"]
-    for dimension in np.flatnonzero((actions == actions[0]).all(0)):
-        yield f"{index.directory}: dimension {dimension} of action is {actions[0, dimension]} at all steps"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Printing
-
-
-def print_summary(index):
-    """Print episodes, steps, instructions, cameras, columns and statistics of a data set."""
-    lengths = np.diff(index.starts)
-    print(
-        f"{index.name}: {len(lengths)} episodes, {len(index)} steps ({lengths.min()} to {lengths.max()} an episode), "
-        f"fingerprint {index.fingerprint}"
-    )
-    for text in sorted(set(index.instructions)):
-        print(f"  {index.instructions.count(text):5d} episodes: {text}")
-    for camera in index.cameras:
-        size = index.mean_frame_bytes(camera) / 1024
-        print(f"  camera {camera}: {index.image(camera, 0).shape}, {size:.1f} KiB a frame")
-    for name, column in index.columns.items():
-        print(f"  column {name}: {column.dtype} {column.shape[1:]}")
-    stats = statistics(index)
-    for name in ("action", "proprio"):
-        for kind in ("q01", "mean", "q99"):
-            if name in stats:
-                print(f"  {name:7s} {kind:4s} " + " ".join(f"{value:8.4f}" for value in stats[name][kind]))
-
-
-def contact_sheet(index, episodes=8):
-    """Return a PIL image with one column per episode and, for each camera, its first and its last frame.
-
-    episodes: how many are shown, at most, evenly spread over the data set.
-    """
-    shown = np.unique(np.linspace(0, index.num_episodes - 1, episodes).astype(int))
-    rows = [(camera, place) for camera in index.cameras for place in ("first", "last")]
-    sheet = Image.new("RGB", (len(shown) * THUMBNAIL, len(rows) * THUMBNAIL), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, episode in enumerate(shown):
-        for row, (camera, place) in enumerate(rows):
-            step = index.starts[episode] if place == "first" else index.starts[episode + 1] - 1
-            frame = Image.fromarray(index.image(camera, step)).resize((THUMBNAIL, THUMBNAIL))
-            x = column * THUMBNAIL
-            y = row * THUMBNAIL
-            sheet.paste(frame, (x, y))
-            caption = f"episode {episode}, {camera}, {place}"
-            draw.text((x + 4, y + 4), caption, fill="white", stroke_width=1, stroke_fill="black")
-    return sheet
+@dataclass
+class Config:
+    data: tyro.conf.Positional[Path]
+    """folder of a data set"""
+    spec: str = ""
+    """description of the data: a JSON file or the name of a preset (default: spec.json beside it, or what fits)"""
+    cache: Path = CACHE
+    """where indices are kept"""
+    check: bool = False
+    """only list all that is wrong with the data and its labels; exit status 1 when there is something"""
 
 
 def main():
     """Print what is in a data set and write a contact sheet, or check it."""
     config = tyro.cli(Config, description=__doc__)
     if config.check:
-        raise SystemExit(int(check_dataset(config.data, config.cache) > 0))
-    index = open_index(config.data, config.cache)
-    print_summary(index)
-    path = index.cache / "contact_sheet.png"
-    contact_sheet(index).save(path)
+        raise SystemExit(int(check_dataset(config, open_dataset) > 0))
+    try:
+        dataset = open_dataset(config.data, config.cache, config.spec)
+    except (ValueError, FileNotFoundError) as error:  # its text is the answer; a traceback would bury it
+        raise SystemExit(f"error: {error}") from None
+    print_summary(dataset)
+    path = dataset.cache / "contact_sheet.png"
+    contact_sheet(dataset).save(path)
     print(f"contact sheet: {path}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rollout import TRIALS, encode_jpeg
+from rollout import TRIALS, encode_image
 from sim import CAMERAS, GRID, MAX_STEPS, Sim, instructions, versions
 
 TIP = 0.005  # m, the fingertips end this far below the grip site
@@ -352,7 +352,7 @@ def record(sim, seed, config):
     for _ in range(MAX_STEPS[sim.suite]):
         step = sim.observe()
         for camera in CAMERAS:
-            jpeg = encode_jpeg(step[camera], config.image_size, quality=config.jpeg_quality)
+            jpeg = encode_image(step[camera], config.image_size, quality=config.jpeg_quality)
             step[camera] = np.frombuffer(jpeg, np.uint8)
         step["action"] = expert.act()
         steps.append(step)

@@ -21,6 +21,7 @@ statistics, tables and comparisons are in results.py.
 """
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import math
@@ -37,13 +38,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from checkpoint import write_json
 from common import init_distributed
+from data import open_dataset
+from files import read_json, write_json
 from index import CACHE
-from normalise import normalise, standardise, statistics, statistics_hash, to_robosuite, unnormalise
+from normalise import Normaliser, statistics_hash, to_robosuite
 from policy import Policy
 from results import Results, compare, group_by, print_table, summarise, tally, trial_key, trial_record
-from rlds import open_index
 from rollout import TRIALS, Episode, Process, contact_sheets
 
 SIMULATORS = {"libero": "sim"}  # --simulator -> module; the interface is in rollout.py
@@ -222,19 +223,22 @@ def swapped_instruction(texts, task, trained):
     raise ValueError(f"swap_instruction: all tasks of the suite have the instruction {texts[task]!r}")
 
 
-def plan_replay(config, index, stats):
+def plan_replay(config, dataset, stats):
     """Return the episodes of a data set from their recorded starts, with its actions normalised and back.
 
     stats: statistics of actions. Raise ValueError when the data set does not hold its starts.
     """
-    metadata = index.metadata
+    metadata = dataset.metadata
     if missing := [name for name in ("suite", "task", "seed", "state") if name not in metadata]:
         raise ValueError(
             f"{config.replay} cannot be replayed: its episode_metadata has no {', '.join(missing)}, so nothing says "
             f"where an episode starts. It has {list(metadata)}; data made by demos.py has all of them."
         )
     simulator = load_simulator(config)
-    actions = to_robosuite(unnormalise(normalise(standardise(index.columns["action"]), stats), stats))  # [S, A]
+    normaliser = Normaliser(stats)
+    actions = normaliser.unnormalise(normaliser.normalise(dataset.action(slice(None))))
+    actions = to_robosuite(actions, dataset.spec.grippers)  # [S, A]
+    texts = [dataset.instruction(start) for start in dataset.starts[:-1]]
     return [
         Episode(
             simulator=simulator.__name__,
@@ -246,23 +250,60 @@ def plan_replay(config, index, stats):
             prompt=text,
             max_steps=simulator.step_limit(metadata["suite"][number]),
             state=np.array(metadata["state"][number]),
-            actions=actions[index.starts[number] : index.starts[number + 1]],
+            actions=actions[dataset.starts[number] : dataset.starts[number + 1]],
             any_version=config.any_mujoco,
         )
-        for number, text in enumerate(index.instructions)
+        for number, text in enumerate(texts)
     ]
 
 
 def check_policy(policy, config):
     """Raise ValueError when the simulator cannot give a policy what it was trained on, or take its actions."""
     simulator = load_simulator(config)
-    trained = [len(policy.stats[name]["q01"]) for name in ("action", "proprio")]
+    trained = [len(policy.stats["action"]["q01"]), len(policy.stats.get("proprio", {"q01": []})["q01"])]
     cameras = policy.data_entry["cameras"]
+    if not policy.vla.config.proprio_size:
+        trained[1] = simulator.PROPRIO_SIZE  # the policy ignores it
     if trained != [simulator.ACTION_SIZE, simulator.PROPRIO_SIZE] or not set(cameras) <= set(simulator.CAMERAS):
         raise ValueError(
             f"the run was trained on {trained[0]} actions, {trained[1]} values of proprio and the cameras "
             f"{', '.join(cameras)}; {config.simulator} has {simulator.ACTION_SIZE}, {simulator.PROPRIO_SIZE} and "
             f"{', '.join(simulator.CAMERAS)}"
+        )
+
+
+def choose_data(config):
+    """Return the name of the data set whose embodiment is the simulator's, before anything else is opened.
+
+    Raise ValueError when the run was not trained on that embodiment, or on several data sets of it and the config does
+    not name one.
+    """
+    path = Path(config.run) / "config.json"
+    if not path.exists():
+        return config.data  # what `Policy` says of it is better
+    entries = read_json(path).get("data", [])
+    if config.data:
+        entries = [entry for entry in entries if entry.get("name") == config.data]
+    robot = load_simulator(config).EMBODIMENT
+    found = {entry["name"]: entry.get("embodiment", "libero") for entry in entries}  # runs of before had only LIBERO
+    fitting = [name for name, embodiment in found.items() if embodiment == robot]
+    if found and not fitting:
+        raise ValueError(
+            f"{config.run} was trained on {', '.join(f'{name} (a {kind})' for name, kind in found.items())}, but "
+            f"simulator {config.simulator} is a {robot}"
+        )
+    return config.data or (fitting[0] if len(fitting) == 1 else "")
+
+
+def warn_of_new_instructions(prompts, trained):
+    """Warn of every prompt that is not, letter for letter, an instruction of the training data, naming the closest."""
+    for prompt in sorted(set(prompts) - set(trained)):
+        closest = difflib.get_close_matches(prompt, trained, 1, 0)
+        print(
+            f"WARNING: the policy is told {prompt!r}, which was never an instruction in its training; "
+            f"the closest one was {closest[0]!r}"
+            if closest
+            else f"WARNING: the policy is told {prompt!r}, but its training had no instructions"
         )
 
 
@@ -315,7 +356,7 @@ def batch_policy(policy, size):
             padded = part + part[:1] * (size - len(part))
             instructions, images, proprio = zip(*padded)
             images = [np.stack(camera) for camera in zip(*images)]  # each u8 [size, h, w, 3]
-            actions = to_robosuite(policy(images, list(instructions), np.stack(proprio)))  # [size, H, A]
+            actions = policy(images, list(instructions), np.stack(proprio), gripper="robosuite")  # [size, H, A]
             chunks += list(actions[: len(part)])
         return chunks
 
@@ -586,7 +627,10 @@ def evaluate(config, policy):
     for (suite,), group in group_by(map(vars, episodes), "suite").items():
         tasks = ", ".join(str(task) for (task,) in group_by(group, "task"))
         print(f"{suite}: tasks {tasks} of {len(simulator.tasks(suite))}")
-    policy.fit_instructions({episode.prompt for episode in episodes})
+    prompts = {episode.prompt for episode in episodes}
+    policy.fit_instructions(prompts)
+    if not config.mute:
+        warn_of_new_instructions(prompts, policy.data_entry["instructions"])
     with open(Path(config.run) / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     settings = {"model": weights, "data": policy.name, "device": policy.device, "policy_batch": config.policy_batch}
@@ -607,13 +651,13 @@ def evaluate(config, policy):
 
 def replay(config):
     """Play a data set's recorded actions and return the summary. Exit with status 1 when fewer than 95 % succeed."""
-    index = open_index(config.replay, config.cache)
-    stats = Policy(config.run, config.data).stats if config.run else statistics(index)
-    episodes = shard(plan_replay(config, index, stats["action"]), config.shard)
-    path = index.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
+    dataset = open_dataset(config.replay, config.cache)
+    stats = Policy(config.run, config.data).stats if config.run else dataset.stats
+    episodes = shard(plan_replay(config, dataset, stats["action"]), config.shard)
+    path = dataset.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
     path.unlink(missing_ok=True)  # the simulator may have changed since
     path = config.out or path
-    settings = {"replay": index.fingerprint, "statistics": statistics_hash(stats)}
+    settings = {"replay": dataset.fingerprint, "statistics": statistics_hash(stats)}
     results = Results(path, settings, load_simulator(config).versions())
     run_all(config, episodes, None, results)
     summary = report(episodes, results, {}, replay=str(config.replay), run=config.run)
@@ -656,7 +700,7 @@ def main(config):
     init_distributed()  # for its number of threads
     if config.replay:
         return replay(config)
-    return evaluate(config, Policy(config.run, config.data))
+    return evaluate(config, Policy(config.run, choose_data(config)))
 
 
 if __name__ == "__main__":

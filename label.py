@@ -5,13 +5,14 @@
 
 Writes one safetensors file, which `targets.load_labels` reads: codes u8 [S, P] and vectors f16 [S, P, d] (c, before
 quantisation), with the fingerprints of data and model, delta and the codebook size as metadata. A labelling that was
-interrupted continues when the same command runs again. Leaves out action-based codes: train.py computes those on the
-fly with the action tokenizer.
+interrupted continues when the same command runs again. Memory does not grow with the data: finished parts and the whole
+file are mapped. Leaves out action-based codes: train.py computes those on the fly with the action tokenizer.
 
-Axes: S steps of a data set, n steps of an episode, B batch, P codes per step, d width of a code, N patches of a frame,
-F features of a patch.
+Axes: S steps of a data set, n steps of an episode, B batch, P codes per step, K codebook size, d width of a code, N
+patches of a frame, F features of a patch.
 """
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import load_tensors, save_tensors
 from common import init_distributed, shutdown_distributed
-from data import open_index
+from data import open_dataset
+from files import map_tensors, save_tensors
 from index import CACHE
-from latent import check_frames, fingerprint, load_lam, text_states
+from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
 
 EPISODES_PER_PART = 32  # a labelling that was interrupted continues after the last complete part
@@ -39,11 +40,13 @@ class Config:
     """Settings of `python label.py`."""
 
     data: Path
-    """folder of an RLDS data set"""
+    """folder of a data set"""
     lam: Path
     """folder of a model that `train_latent.py lam` trained"""
     out: Path | None = None
     """file to write; default: the folder of the cached index, where training looks when the data ships no labels"""
+    spec: str = ""
+    """description of the data: a JSON file or the name of a preset (default: spec.json beside it, or what fits)"""
     cache: Path = CACHE
     """where indices are kept"""
     batch_size: int = 64
@@ -59,26 +62,28 @@ class Config:
 class EpisodeFrames(torch.utils.data.Dataset):
     """Some episodes as (episode, its frames u8 [n, h, w, 3], resized for the features)."""
 
-    def __init__(self, index, model, episodes):
-        self.index = index
+    def __init__(self, dataset, model, episodes):
+        self.dataset = dataset
         self.model = model
         self.episodes = episodes
+        self.camera = camera_name(model.sizes, dataset)
 
     def __len__(self):
         return len(self.episodes)
 
     def __getitem__(self, number):
         episode = self.episodes[number]
-        steps = range(*self.index.starts[episode : episode + 2])
-        frames = [self.model.features.resize(self.index.image(self.model.sizes.camera, step)) for step in steps]
+        steps = range(*self.dataset.starts[episode : episode + 2])
+        frames = [self.model.features.resize(self.dataset.image(self.camera, step)) for step in steps]
         return episode, torch.from_numpy(np.stack(frames))
 
 
 @torch.no_grad()
-def encode_episode(model, frames, batch_size, text=None):
+def encode_episode(model, frames, batch_size, texts=None):
     """Return codes u8 [n, P] and c f16 [n, P, d] of an episode's frames u8 [n, h, w, 3].
 
-    The features of each frame are computed once. text: f32 [length, width], the instruction's states, for stage 1.
+    The features of each frame are computed once. texts: for stage 1 the states of each step's instruction, a list of n
+    f32 [length, width].
     """
     device = model.patch_up.weight.device
     count = len(frames)
@@ -94,29 +99,23 @@ def encode_episode(model, frames, batch_size, text=None):
         features = torch.cat([features, *added])
         a = features[: len(batch_later)]
         b = features[(batch_later - start).to(device)]
-        batch_codes, batch_vectors = model.encode(a, b, *expand_text(text, len(a), device))
+        text = stack_texts(texts[start : start + batch_size], device) if texts else ()
+        batch_codes, batch_vectors = model.encode(a, b, *text)
         codes.append(batch_codes)
         vectors.append(batch_vectors)
     return torch.cat(codes).to("cpu", torch.uint8), torch.cat(vectors).to("cpu", torch.float16)
 
 
-def expand_text(text, batch_size, device):
-    """Return one instruction's states [n, width] as (text [B, n, width], text_mask bool [B, n]), or () for None."""
-    if text is None:
-        return ()
-    mask = torch.ones(batch_size, len(text), dtype=torch.bool)
-    return text.expand(batch_size, -1, -1).to(device), mask.to(device)
-
-
-def label_episodes(index, model, episodes, batch_size=64, texts=None, num_workers=0):
+def label_episodes(dataset, model, episodes, batch_size=64, texts=None, num_workers=0):
     """Yield (codes u8 [n, P], c f16 [n, P, d]) of each of `episodes`, in order.
 
     texts: {instruction: states f32 [length, width]}, for stage 1.
     """
-    loader = DataLoader(EpisodeFrames(index, model, episodes), batch_size=None, num_workers=num_workers)
+    loader = DataLoader(EpisodeFrames(dataset, model, episodes), batch_size=None, num_workers=num_workers)
     for episode, frames in loader:
-        text = texts[index.instructions[episode]] if texts else None
-        yield encode_episode(model, frames, batch_size, text)
+        steps = range(*dataset.starts[episode : episode + 2])
+        states = [texts[dataset.instruction(step)] for step in steps] if texts else None
+        yield encode_episode(model, frames, batch_size, states)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,31 +127,32 @@ def main(config, ranks):
 
     Raises FileExistsError rather than replace a file, ValueError when the model does not fit the data.
     """
-    index = open_index(config.data, config.cache)
+    dataset = open_dataset(config.data, config.cache, config.spec)
     model = load_lam(config.lam).to(ranks.device)
-    check_frames(model.sizes, index)
-    out = config.out or index.cache / "labels.safetensors"
+    check_frames(model.sizes, dataset)
+    out = config.out or dataset.cache / "labels.safetensors"
     if out.exists():
         raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
     folder = out.with_name(out.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
-        "data": index.fingerprint,
+        "data": dataset.fingerprint,
         "lam": fingerprint(config.lam),
         "delta": str(model.sizes.delta),
         "num_codes": str(model.num_codes),
     }
-    starts = range(0, index.num_episodes, EPISODES_PER_PART)
-    groups = [range(start, min(start + EPISODES_PER_PART, index.num_episodes)) for start in starts]
-    write_parts(index, model, groups[ranks.rank :: ranks.world], folder, metadata, config, ranks)
+    starts = range(0, dataset.num_episodes, EPISODES_PER_PART)
+    groups = [range(start, min(start + EPISODES_PER_PART, dataset.num_episodes)) for start in starts]
+    write_parts(dataset, model, groups[ranks.rank :: ranks.world], folder, metadata, config, ranks)
     if ranks.main:
-        tensors = join_parts([part_path(folder, group) for group in groups], metadata)
+        tensors, counts = join_parts([part_path(folder, group) for group in groups], metadata, len(dataset))
         save_tensors(out, tensors, **metadata)
         shutil.rmtree(folder)
-        used, perplexity = code_usage(code_counts(tensors["codes"].long(), model.num_codes))
+        used, perplexity = code_usage(counts)
         report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
-        print(f"{out}: {len(index)} steps, {report}")
-        print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data} --labels {out}")
+        print(f"{out}: {len(dataset)} steps, {report}")
+        spec = f" --spec {config.spec}" if config.spec else ""
+        print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data}{spec} --labels {out}")
 
 
 def part_path(folder, group):
@@ -168,10 +168,10 @@ def is_matching_part(path, metadata):
         return metadata.items() <= file.metadata().items()
 
 
-def write_parts(index, model, groups, folder, metadata, config, ranks):
+def write_parts(dataset, model, groups, folder, metadata, config, ranks):
     """Label each group of episodes into a file of `folder`, unless a matching part is there."""
-    texts = text_states(model.sizes.text, index.instructions, ranks.device) if model.sizes.stage == 1 else None
-    steps = [int(index.starts[group[-1] + 1] - index.starts[group[0]]) for group in groups]
+    texts = text_states(model.sizes.text, dataset.instructions(), ranks.device) if model.sizes.stage == 1 else None
+    steps = [int(dataset.starts[group[-1] + 1] - dataset.starts[group[0]]) for group in groups]
     with tqdm(total=sum(steps), unit=" samples", disable=not ranks.main) as bar:
         for group, count in zip(groups, steps, strict=True):
             path = part_path(folder, group)
@@ -179,21 +179,40 @@ def write_parts(index, model, groups, folder, metadata, config, ranks):
                 bar.update(count)
                 continue
             labels = []
-            for episode_labels in label_episodes(index, model, group, config.batch_size, texts, config.num_workers):
+            for episode_labels in label_episodes(dataset, model, group, config.batch_size, texts, config.num_workers):
                 labels.append(episode_labels)
                 bar.update(len(episode_labels[0]))
             codes, vectors = map(torch.cat, zip(*labels, strict=True))
             save_tensors(path, {"codes": codes, "vectors": vectors}, **metadata)
 
 
-def join_parts(paths, metadata):
-    """Return {"codes": u8 [S, P], "vectors": f16 [S, P, d]} of all parts, waiting for those of other processes."""
+def join_parts(paths, metadata, steps):
+    """Return ({"codes": u8 [S, P], "vectors": f16 [S, P, d]} of all parts, mapped from files beside them; code counts).
+
+    Waits for the parts of other processes. steps: S; counts: i64 [P, K], how often each code occurs at each position.
+    """
     if not all(is_matching_part(path, metadata) for path in paths):
         print(f"waiting for the other processes' parts in {paths[0].parent}")
     while not all(is_matching_part(path, metadata) for path in paths):
         time.sleep(1)
-    loaded = [load_tensors(path)[0] for path in paths]
-    return {name: torch.cat([part[name] for part in loaded]) for name in ("codes", "vectors")}
+    joined = {}
+    counts = 0
+    done = 0
+    for path in paths:
+        part, _ = map_tensors(path)
+        for name, tensor in part.items():
+            if name not in joined:
+                joined[name] = map_new_tensor(path.parent / f"{name}.joined", (steps, *tensor.shape[1:]), tensor.dtype)
+            joined[name][done : done + len(tensor)] = tensor
+        counts = counts + code_counts(part["codes"].long(), int(metadata["num_codes"]))
+        done += len(part["codes"])
+    return joined, counts
+
+
+def map_new_tensor(path, shape, dtype):
+    """Return a tensor whose contents lie in the new file `path`."""
+    path.unlink(missing_ok=True)
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Vision-Language-Action Models" (arXiv 2605.04678), from a size that a CPU trains
     LatentActionModel   image-based: (o_t, o_{t+delta}) -> P codes, after UniVLA (arXiv 2505.06111), in two stages
     ActionTokenizer     action-based: a chunk of H actions -> H codes
 
+Several embodiments share all of the first but the output layer of its action head, and the codebook of the second.
 The commands lie elsewhere: train_latent.py trains both, label.py labels a data set with the image-based model, probe.py
 measures both on held-out episodes. univla.py reads UniVLA's checkpoints, quantiser.py holds the codebooks.
 
@@ -16,8 +17,9 @@ motions (`--no-centre`; stage 1 on data/libero_tiny, held-out episodes: 13 to 14
 against 4 to 7 without the norm). Stage 2 also starts from all of stage 1, not from its codebook and queries alone.
 Leaves out the training of frame features and text encoders: both stay frozen.
 
-Axes: B batch, H chunk steps, A action size, P codes per step, Q codes of all sets (P or 2 P), K codebook size, d width
-of a code, D width of a transformer, L tokens, N patches of a frame, F features of a patch, T frames (2).
+Axes: B batch, H chunk steps, A action size (of several embodiments: the largest), E embodiments, P codes per step, Q
+codes of all sets (P or 2 P), K codebook size, d width of a code, D width of a transformer, L tokens, N patches of a
+frame, F features of a patch, T frames (2).
 """
 
 import hashlib
@@ -33,8 +35,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import load_tensors, load_tensors_into
+from checkpoint import load_tensors_into
 from common import all_mean, autocast, broadcast, to_device
+from files import load_tensors
 from quantiser import QUANTISERS, EMAQuantiser, kmeans, masked_mse
 
 CONSISTENCY_WEIGHT = 0.03  # of the tokenizer's consistency loss; the paper gives none, and more costs reconstruction
@@ -131,24 +134,20 @@ def sinusoids(length, width):
 # Actions -> codes
 
 
-class ActionTokenizer(nn.Module):
-    """The action-based latent actions of the paper: a chunk of H normalised actions <-> H codes, one per step.
+class ActionCoder(nn.Module):
+    """Encoder and decoder of the actions of one embodiment.
 
     Everything that mixes steps (convolutions, attention, the FFT) starts at zero: a latent is first a linear map of its
-    own action, so that similar actions have similar latents. Late in training `refit` puts the codebook on k-means of
-    the latents, once. There are no positions and no final norm. docs/results.md measures what each is worth.
+    own action, so that similar actions have similar latents. There are no positions and no final norm.
     """
 
-    def __init__(self, chunk, action_size, num_codes=256, dim=128, patience=50, seed=0):
-        """chunk: H; action_size: A; num_codes: K; dim: d; patience and seed: of the quantiser."""
+    def __init__(self, action_size, dim):
+        """action_size: A of this embodiment; dim: d."""
         super().__init__()
-        self.config = {"chunk": chunk, "action_size": action_size, "num_codes": num_codes, "dim": dim}
-        self.num_codes = num_codes
-        self.dim = dim
+        self.action_size = action_size
         self.project = nn.Linear(3 * action_size, dim)
         self.convs = nn.ModuleList(nn.Conv1d(dim, dim, 3, padding=apart, dilation=apart) for apart in (1, 2, 4))
         self.blocks = nn.Sequential(*(Block(dim, 4, hidden=256) for _ in range(2)))
-        self.quantiser = EMAQuantiser(num_codes, dim, patience=patience, seed=seed)
         self.decoder = nn.Sequential(nn.Linear(dim, 256), nn.GELU(), nn.Linear(256, action_size))
         with torch.no_grad():
             self.project.weight[:, action_size:] = 0
@@ -157,12 +156,56 @@ class ActionTokenizer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def vectors(self, actions):
-        """Return the latents f32 [B, H, d] before quantisation of normalised actions f32 [B, H, A]."""
-        x = self.project(fourier_features(actions)).transpose(1, 2)  # [B, d, H]
+    def own_latents(self, actions):
+        """Return the latents f32 [B, H, d] of normalised actions f32 [B, H, at least A]; padding is not read."""
+        x = self.project(fourier_features(actions[..., : self.action_size])).transpose(1, 2)  # [B, d, H]
         for conv in self.convs:
             x = x + F.gelu(conv(x))
         return self.blocks(x.transpose(1, 2))  # [B, H, d]
+
+
+class ActionTokenizer(ActionCoder):
+    """The action-based latent actions of the paper: a chunk of H normalised actions <-> H codes, one per step.
+
+    Late in training `refit` puts the codebook on k-means of the latents, once. docs/results.md measures what each part
+    is worth. Several embodiments have one codebook: the tokenizer itself is the coder of the first embodiment, and
+    `others` holds those of the later ones. Their actions are padded with 0 to the largest A.
+    """
+
+    def __init__(self, chunk, action_size, num_codes=256, dim=128, patience=50, seed=0, embodiments=None):
+        """chunk: H; action_size: A; num_codes: K; dim: d; patience and seed: of the quantiser.
+
+        embodiments: of several, {name: action size}; action_size is then the largest.
+        """
+        sizes = list(embodiments.values()) if embodiments else [action_size]
+        super().__init__(sizes[0], dim)
+        self.config = {"chunk": chunk, "action_size": action_size, "num_codes": num_codes, "dim": dim}
+        if embodiments:
+            self.config["embodiments"] = embodiments
+        self.action_sizes = sizes  # of each embodiment
+        self.num_codes = num_codes
+        self.dim = dim
+        self.quantiser = EMAQuantiser(num_codes, dim, patience=patience, seed=seed)
+        self.others = nn.ModuleList(ActionCoder(size, dim) for size in sizes[1:])
+        self.register_buffer("weights", padding_weights(sizes), persistent=False)  # [E]
+
+    @property
+    def coders(self):
+        """The `ActionCoder` of each embodiment."""
+        return [self, *self.others]
+
+    def vectors(self, actions, embodiment=None):
+        """Return the latents f32 [B, H, d] before quantisation of normalised actions f32 [B, H, A].
+
+        embodiment: i64 [B], the number of each sample's; needed where there are several.
+        """
+        return select_rows([coder.own_latents(actions) for coder in self.coders], embodiment)
+
+    def decode_vectors(self, vectors, embodiment=None):
+        """Return the normalised actions f32 [B, H, A] that vectors f32 [B, H, d] of codes stand for."""
+        size = max(self.action_sizes)
+        decoded = [F.pad(coder.decoder(vectors), (0, size - coder.action_size)) for coder in self.coders]
+        return select_rows(decoded, embodiment)
 
     @torch.no_grad()
     def refit(self, samples):
@@ -171,38 +214,41 @@ class ActionTokenizer(nn.Module):
         latents = []
         for batch in loader:
             batch = to_device(batch, self.project.weight.device)
-            _, vectors = self.encode(batch["actions"], batch["valid"])
+            _, vectors = self.encode(batch["actions"], batch["valid"], batch.get("embodiment"))
             latents.append(vectors[batch["valid"]])  # [n, d]
         means = kmeans(torch.cat(latents), self.num_codes, self.quantiser.seed)
         self.quantiser.set_codebook(broadcast(means))
 
-    def encode(self, actions, valid=None):
+    def encode(self, actions, valid=None, embodiment=None):
         """Return codes i64 [B, H] and latents f32 [B, H, d] of normalised actions f32 [B, H, A].
 
-        valid: bool [B, H]; steps that are not valid count as 0 (default: all are valid).
+        valid: bool [B, H]; steps that are not valid count as 0 (default: all are valid); embodiment: as of `vectors`.
         """
-        vectors = self.vectors(actions if valid is None else actions * valid[..., None])
+        vectors = self.vectors(actions if valid is None else actions * valid[..., None], embodiment)
         return self.quantiser.nearest(vectors), vectors
 
-    def decode(self, codes):
-        """Return the normalised actions f32 [B, H, A] of codes i64 [B, H]."""
-        return self.decoder(self.quantiser.codebook[codes])
+    def decode(self, codes, embodiment=None):
+        """Return the normalised actions f32 [B, H, A] of codes i64 [B, H]; 0 beyond an embodiment's own dimensions."""
+        return self.decode_vectors(self.quantiser.codebook[codes], embodiment)
 
     def forward(self, batch):
         """Return the losses of a batch of `MaskedChunks` as scalars, and the `codes` i64 [n, 1] of its valid steps.
 
-        batch: actions f32 [B, H, A] normalised; valid bool [B, H]; masked bool [B, H].
-        loss = reconstruction_loss + quantisation_loss + 0.03 consistency_loss. Consistency: with the latents zeroed at
-        the masked steps, the decoded actions are encoded again; there this must match the encoding of the true actions.
+        batch: actions f32 [B, H, A] normalised; valid bool [B, H]; masked bool [B, H]; of several embodiments
+        embodiment i64 [B]. loss = reconstruction_loss + quantisation_loss + 0.03 consistency_loss. The first is a mean
+        over each sample's own dimensions. Consistency: with the latents zeroed at the masked steps, the decoded actions
+        are encoded again; there this must match the encoding of the true actions.
         """
-        valid, masked = batch["valid"], batch["masked"]
+        valid, masked, embodiment = batch["valid"], batch["masked"], batch.get("embodiment")
         actions = batch["actions"] * valid[..., None]
-        latents = self.vectors(actions)
+        latents = self.vectors(actions, embodiment)
         quantised, codes, quantisation = self.quantiser(latents, valid)
-        reconstruction = masked_mse(self.decoder(quantised) - actions, valid)
+        own = valid * sample_weights(self.weights, embodiment)  # [B, H]
+        reconstruction = masked_mse(self.decode_vectors(quantised, embodiment) - actions, own)
         zeroed = latents * ~masked[..., None]
-        decoded = self.decoder(self.quantiser.straight_through(zeroed, self.quantiser.nearest(zeroed)))
-        encoded_again = self.vectors(decoded * valid[..., None])
+        quantised_again = self.quantiser.straight_through(zeroed, self.quantiser.nearest(zeroed))
+        decoded = self.decode_vectors(quantised_again, embodiment)
+        encoded_again = self.vectors(decoded * valid[..., None], embodiment)
         consistency = masked_mse(encoded_again - latents.detach(), valid & masked)
         return {
             "loss": reconstruction + quantisation + CONSISTENCY_WEIGHT * consistency,
@@ -211,6 +257,30 @@ class ActionTokenizer(nn.Module):
             "consistency_loss": consistency,
             "codes": codes[valid][:, None],
         }
+
+
+def select_rows(parts, embodiment):
+    """Return for each sample the row of its embodiment's part, [B, ...].
+
+    parts: [B, ...] of each embodiment, all computed for all samples, so that shapes do not depend on the batch and
+    every parameter has a gradient on every process; embodiment: i64 [B], not read where there is one part.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts)[embodiment, torch.arange(len(embodiment), device=embodiment.device)]
+
+
+def padding_weights(sizes):
+    """Return f32 [E]: of each action size, the largest / it.
+
+    The mean error over padded dimensions, times this, is the mean over the embodiment's own dimensions.
+    """
+    return max(sizes) / torch.tensor(sizes, dtype=torch.float32)
+
+
+def sample_weights(weights, embodiment):
+    """Return the weight of each sample, f32 [B, 1], from those of the embodiments; embodiment: i64 [B] or None."""
+    return weights[:1] if embodiment is None else weights[embodiment][:, None]
 
 
 def fourier_features(actions):
@@ -326,6 +396,16 @@ def pad_text(states, length):
     return F.pad(states, (0, 0, 0, length - len(states))), torch.arange(length) < len(states)
 
 
+def stack_texts(states, device):
+    """Return the states of some instructions, a list of B [n, width], as text [B, longest, width] and its mask.
+
+    The mask, bool [B, longest], is False where that is padding.
+    """
+    longest = max(map(len, states))
+    padded, masks = zip(*(pad_text(each, longest) for each in states), strict=True)
+    return torch.stack(padded).to(device), torch.stack(masks).to(device)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Frames -> codes
 
@@ -336,8 +416,8 @@ class LamSizes:
 
     stage: Literal[0, 1, 2] = 0
     """0: one model, no text; UniVLA's two: 1 (task-irrelevant codes, given the text) and 2 (task-centric codes)"""
-    camera: str = "image"
-    """camera whose frames are used"""
+    camera: str = ""
+    """camera whose frames are used, by its name in the description of the data (default: the main one)"""
     delta: int = 32
     """frames between the two images of a latent action"""
     features: str = "pixels"
@@ -394,6 +474,28 @@ class CodeSet(nn.Module):
         return c - self.centre
 
 
+class ActionHead(nn.Module):
+    """Predicts a chunk of actions from the mean of a sample's code vectors; each embodiment has an output layer."""
+
+    def __init__(self, code_dim, chunk, action_sizes):
+        """code_dim: d; chunk: H; action_sizes: of each embodiment."""
+        super().__init__()
+        self.chunk = chunk
+        self.action_sizes = action_sizes
+        self.hidden = nn.Sequential(nn.Linear(code_dim, 128), nn.GELU())
+        self.outs = nn.ModuleList(nn.Linear(128, chunk * size) for size in action_sizes)
+        self.register_buffer("weights", padding_weights(action_sizes), persistent=False)  # [E]
+
+    def forward(self, vectors, embodiment=None):
+        """Map vectors f32 [B, d] to normalised actions f32 [B, H, A]. embodiment: i64 [B], of several."""
+        x = self.hidden(vectors)
+        parts = []
+        for out, size in zip(self.outs, self.action_sizes, strict=True):
+            actions = out(x).unflatten(1, (self.chunk, size))  # [B, H, size]
+            parts.append(F.pad(actions, (0, max(self.action_sizes) - size)))
+        return select_rows(parts, embodiment)
+
+
 class LatentActionModel(nn.Module):
     """Frames o_t and o_{t+delta} -> P codes; from these and o_t, the patch features of o_{t+delta} are predicted.
 
@@ -401,12 +503,12 @@ class LatentActionModel(nn.Module):
     1 with their codebook frozen. The other stages have `codes` alone.
     """
 
-    def __init__(self, sizes, text_size=0, head_size=0, seed=0, features_config=None):
+    def __init__(self, sizes, text_size=0, chunk=0, action_sizes=(), seed=0, features_config=None):
         """Build the model of `sizes`.
 
-        text_size: width of the instructions' states, for stage 1; head_size: numbers that the action head predicts,
-        chunk x action size (0: no head, as in a saved model); seed: of the quantisers; features_config: of a DINOv2
-        whose weights will be loaded.
+        text_size: width of the instructions' states, for stage 1; chunk: H, actions that the action head predicts;
+        action_sizes: of each embodiment (none: no head, as in a saved model); seed: of the quantisers; features_config:
+        of a DINOv2 whose weights will be loaded.
         """
         super().__init__()
         self.features = build_features(sizes, features_config).requires_grad_(False)
@@ -425,9 +527,7 @@ class LatentActionModel(nn.Module):
         self.out = nn.Linear(width, size)
         self.decoder = Transformer(width, length, *blocks)
         self.text_up = nn.Linear(text_size, width) if sizes.stage == 1 else None
-        self.action_head = None
-        if head_size:
-            self.action_head = nn.Sequential(nn.Linear(sizes.code_dim, 128), nn.GELU(), nn.Linear(128, head_size))
+        self.action_head = ActionHead(sizes.code_dim, chunk, action_sizes) if action_sizes else None
         if sizes.predict_change:  # at first, predict no change
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -484,9 +584,9 @@ class LatentActionModel(nn.Module):
         """Return the losses of a batch of `FramePairs` as scalars, and the exported `codes` i64 [B, P].
 
         batch: frames u8 [B, 2, h, w, 3]; for stage 1 text f32 [B, n, text_size] and text_mask bool [B, n]; with an
-        action head actions f32 [B, H, A] normalised, valid bool [B, H] and weight f32 [B].
-        loss = reconstruction_loss + quantisation_loss + 0.5 action_loss. copy_error is the reconstruction loss of
-        predicting no change.
+        action head actions f32 [B, H, A] normalised, valid bool [B, H], weight f32 [B] and, of several embodiments,
+        embodiment i64 [B]. loss = reconstruction_loss + quantisation_loss + 0.5 action_loss, the last a mean over each
+        sample's own dimensions. copy_error is the reconstruction loss of predicting no change.
         """
         text = batch.get("text"), batch.get("text_mask")
         features = self.features(batch["frames"].flatten(0, 1))  # [2 B, N, F]
@@ -501,23 +601,29 @@ class LatentActionModel(nn.Module):
         }
         loss = losses["reconstruction_loss"] + losses["quantisation_loss"]
         if self.action_head is not None:
-            predicted = self.action_head(quantised[0].mean(1)).view_as(batch["actions"])
-            valid = batch["valid"] * batch["weight"][:, None]
-            losses["action_loss"] = masked_mse(predicted - batch["actions"], valid)
+            embodiment = batch.get("embodiment")
+            predicted = self.action_head(quantised[0].mean(1), embodiment)  # [B, H, A]
+            weight = batch["weight"][:, None] * sample_weights(self.action_head.weights, embodiment)  # [B, 1]
+            losses["action_loss"] = masked_mse(predicted - batch["actions"], batch["valid"] * weight)
             loss = loss + ACTION_WEIGHT * losses["action_loss"]
         return {"loss": loss} | losses | {"codes": codes[0]}
 
 
-def check_frames(sizes, index):
+def camera_name(sizes, dataset):
+    """Return the name of the camera of a data set whose frames a model of `sizes` uses."""
+    return sizes.camera or dataset.cameras[0]
+
+
+def check_frames(sizes, dataset):
     """Raise ValueError when a data set lacks the camera, or has no two frames that are delta apart."""
-    if sizes.camera not in index.cameras:
+    if camera_name(sizes, dataset) not in dataset.cameras:
         raise ValueError(
-            f"camera is '{sizes.camera}', but {index.name} has {index.cameras}; train with another --camera"
+            f"camera is '{sizes.camera}', but {dataset.name} has {dataset.cameras}; train with another --camera"
         )
-    longest = int(np.diff(index.starts).max())
+    longest = int(np.diff(dataset.starts).max())
     if sizes.delta >= longest:
         raise ValueError(
-            f"delta is {sizes.delta}, but the longest episode of {index.name} has {longest} frames; train with a "
+            f"delta is {sizes.delta}, but the longest episode of {dataset.name} has {longest} frames; train with a "
             "--delta that most episodes are a few times as long as"
         )
 

@@ -73,6 +73,7 @@ class ModelConfig:
     lora_targets: tuple = ()  # last names of the linear layers that get LoRA; (): all
     head_width: int = 0
     gate: float = 0.0
+    embodiments: tuple = ()  # of several: (name, action size, proprio size, cameras); above are then the largest
 
 
 def check_model_config(config):
@@ -123,10 +124,11 @@ class HeadBlock(nn.Module):
         self.gate = nn.Parameter(torch.tensor(float(gate)))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, placeholders, images, proprio):
+    def forward(self, x, placeholders, images, proprio, image_mask=None):
         """Update the queries x [B, H, W].
 
-        placeholders: [B, Q, D] and images: [B, C tokens, D], states of one layer; proprio: [B, 0 or 1, W].
+        placeholders: [B, Q, D] and images: [B, C tokens, D], states of one layer; proprio: [B, 0 or 1, W]; image_mask:
+        bool [B, C tokens], the image tokens that a sample has (default: all).
         """
         h = self.norm(x)
         image_k, image_v = self.image(self.norm_states(images)).chunk(2, -1)
@@ -134,7 +136,10 @@ class HeadBlock(nn.Module):
         k, v = rest.chunk(2, -1)
         k = torch.cat([k, image_k * self.gate.tanh()], 1)  # [B, H + Q + 1 + C tokens, W]
         v = torch.cat([v, image_v], 1)
-        mixed = F.scaled_dot_product_attention(*(self._split_heads(t) for t in (self.query(h), k, v)))
+        mask = None
+        if image_mask is not None:
+            mask = F.pad(image_mask, (rest.shape[1], 0), value=True)[:, None, None]  # [B, 1, 1, keys]
+        mixed = F.scaled_dot_product_attention(*(self._split_heads(t) for t in (self.query(h), k, v)), attn_mask=mask)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
 
@@ -142,28 +147,64 @@ class HeadBlock(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, tokens, W / heads]
 
 
-class ActionHead(nn.Module):
-    """H learned queries pass through one block per used layer of the backbone; each becomes one action."""
+class EmbodimentLinear(nn.Module):
+    """A linear layer of its own for each embodiment, on inputs and to outputs that are padded to the largest size."""
 
-    def __init__(self, chunk, action_size, proprio_size, states, blocks, width, gate):
+    def __init__(self, inputs, outputs):
+        """inputs, outputs: the sizes of each embodiment."""
         super().__init__()
-        self.queries = nn.Parameter(0.5 * torch.randn(chunk, width))  # one per chunk step, so that steps can differ
-        self.proprio = nn.Linear(proprio_size, width) if proprio_size else None
-        self.blocks = nn.ModuleList(HeadBlock(width, states, max(4, width // 64), gate) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, action_size)
+        inputs = [max(1, size) for size in inputs]  # of nothing there is one padded 0
+        self.layers = nn.ModuleList(nn.Linear(size, out) for size, out in zip(inputs, outputs, strict=True))
+        self.size = max(outputs)
 
-    def forward(self, layers, proprio):
+    def forward(self, x, embodiment):
+        """Map x [B, ..., largest input] to [B, ..., largest output]. embodiment: i64 [B]"""
+        outputs = []
+        for layer in self.layers:
+            out = layer(x[..., : layer.in_features])
+            outputs.append(F.pad(out, (0, self.size - out.shape[-1])))
+        chosen = F.one_hot(embodiment, len(outputs)).to(x.dtype)  # [B, E]
+        return torch.einsum("be,eb...->b...", chosen, torch.stack(outputs))
+
+
+class ActionHead(nn.Module):
+    """H learned queries pass through one block per used layer of the backbone; each becomes one action.
+
+    Embodiments share all of it but the projection of the state and the output layer.
+    """
+
+    def __init__(self, config, states, blocks, width):
+        """config: `ModelConfig`; states: width D of the backbone's states; blocks: M."""
+        super().__init__()
+        _, actions, proprios, _ = zip(*config.embodiments) if config.embodiments else [[None]] * 4
+        self.queries = nn.Parameter(0.5 * torch.randn(config.chunk, width))  # one per chunk step: steps can differ
+        self.several = bool(config.embodiments)
+        self.proprio = None
+        if config.proprio_size and self.several:
+            self.proprio = EmbodimentLinear(proprios, [width] * len(proprios))
+        elif config.proprio_size:
+            self.proprio = nn.Linear(config.proprio_size, width)
+        heads = max(4, width // 64)
+        self.blocks = nn.ModuleList(HeadBlock(width, states, heads, config.gate) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        if self.several:
+            self.out = EmbodimentLinear([width] * len(actions), actions)
+        else:
+            self.out = nn.Linear(width, config.action_size)
+
+    def forward(self, layers, proprio, embodiment=None, image_mask=None):
         """Return actions f32 [B, H, A].
 
-        layers: M pairs (placeholders [B, Q, D], images [B, C tokens, D]) of states; proprio: f32 [B, N].
+        layers: M pairs (placeholders [B, Q, D], images [B, C tokens, D]) of states; proprio: f32 [B, N]; embodiment:
+        i64 [B], of several; image_mask: as of `HeadBlock`.
         """
         batch = len(proprio)
+        which = [embodiment] if self.several else []
         x = self.queries.expand(batch, -1, -1)  # [B, H, W]
-        token = self.proprio(proprio)[:, None] if self.proprio else x[:, :0]
+        token = self.proprio(proprio, *which)[:, None] if self.proprio else x[:, :0]
         for block, (placeholders, images) in zip(self.blocks, layers, strict=True):
-            x = block(x, placeholders, images, token)
-        return self.out(self.norm(x))
+            x = block(x, placeholders, images, token, image_mask)
+        return self.out(self.norm(x), *which)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,9 +231,7 @@ class VLA(nn.Module):
         self.latent_layer = layers  # whose placeholder states the latent loss reads
         if self.variant.loss == "cosine":
             self.latent_layer = config.align_layer or round(17 * layers / 28)
-        sizes = config.chunk, config.action_size, config.proprio_size
-        head_width = config.head_width or min(width, 1024)
-        self.head = ActionHead(*sizes, width, len(self.head_layers), head_width, config.gate)
+        self.head = ActionHead(config, width, len(self.head_layers), config.head_width or min(width, 1024))
         self.latent_head = self._latent_head(width)
 
     def _latent_head(self, width):
@@ -208,26 +247,35 @@ class VLA(nn.Module):
     def forward(self, batch):
         """Compute the losses of one micro-batch, each a sum over valid entries divided by a constant.
 
-        batch: images list of C u8 [B, h, w, 3]; text [B] strings; proprio f32 [B, N] normalised; actions f32 [B, H, A]
-        normalised; valid bool [B, H]; draws f32 [B, C, 6] or absent (no augmentation); for a latent loss codes
-        i64 [B, H, P] and vectors f32 [B, H, P, d]. Return {"loss", "action_loss"} and, where there is one,
-        "latent_loss" and "latent_accuracy" (share of codes predicted right).
+        batch: of `batches.ActionChunks`, collated: images list of C u8 [B, h, w, 3]; text [B] strings; proprio
+        f32 [B, N] normalised; actions f32 [B, H, A] normalised; valid bool [B, H]; action_weight f32 [B, A]; draws
+        f32 [B, C, 6] or absent (no augmentation); for a latent loss codes i64 [B, H, P] and vectors f32 [B, H, P, d];
+        of several embodiments embodiment i64 [B] and num_cameras i64 [B]. Return {"loss", "action_loss"} and, where
+        there is one, "latent_loss"; under "samples" the part f32 [B] of each sample in these two, without gradient;
+        under "sums" [numerator, denominator] of shares: "latent_accuracy", the codes predicted right of all.
         """
         actions, latents = self.predict(batch)
         error = ACTION_LOSSES[self.config.action_loss](actions - batch["actions"])  # [B, H, A]
-        result = {"action_loss": (error * batch["valid"][:, :, None]).mean()}
+        errors = {"action_loss": error * batch["valid"][:, :, None] * batch["action_weight"][:, None]}
+        sums = {}
         if self.variant.loss:
-            result |= self.latent_losses(latents, batch)
+            errors["latent_loss"], sums = self.latent_errors(latents, batch)
+        losses = {name: _mean(error) for name, error in errors.items()}
         weight = self.variant.weight if self.config.latent_weight < 0 else self.config.latent_weight
-        return {"loss": result["action_loss"] + weight * result.get("latent_loss", 0.0)} | result
+        loss = losses["action_loss"] + weight * losses.get("latent_loss", 0.0)
+        samples = {name: error.detach().flatten(1).sum(1) / max(1, error[0].numel()) for name, error in errors.items()}
+        return {"loss": loss, "samples": samples, "sums": sums} | losses
 
     def predict(self, batch):
         """Return actions f32 [B, H, A], normalised, and the placeholder states f32 [B, Q, D] of the latent loss."""
         images = prepare_images(batch["images"], self.config.image_size, batch.get("draws"))
         proprio = batch["proprio"] if self.config.proprio_size else batch["proprio"][:, :0]
-        return self.forward_pass(images, *self.backbone.tokenise(batch["text"]), proprio)
+        text, counts = self.backbone.tokenise(batch["text"])
+        embodiment = batch["embodiment"] if self.config.embodiments else None
+        num_cameras = batch["num_cameras"] if len(self.backbone.camera_counts) > 1 else None
+        return self.forward_pass(images, text, counts, proprio, embodiment, num_cameras)
 
-    def forward_pass(self, images, text, counts, proprio):
+    def forward_pass(self, images, text, counts, proprio, embodiment=None, num_cameras=None):
         """Run backbone and head once, on tensors of fixed shapes (this is what is compiled); return as `predict`.
 
         images, text, counts: as of `Backbone.forward`. On a GPU, or with weights in bf16, the backbone runs in bf16;
@@ -236,24 +284,35 @@ class VLA(nn.Module):
         backbone = self.backbone
         half = backbone.qwen.language_model.embed_tokens.weight.dtype == torch.bfloat16
         with autocast(self.queries.device, half):
-            states = backbone(images, text, counts, self.queries, {*self.head_layers, self.latent_layer})
+            keep = {*self.head_layers, self.latent_layer}
+            states = backbone(images, text, counts, self.queries, keep, num_cameras)
         layers = [(backbone.placeholder_states(states[k]), backbone.image_states(states[k])) for k in self.head_layers]
-        return self.head(layers, proprio), backbone.placeholder_states(states[self.latent_layer])
+        image_mask = None if num_cameras is None else backbone.image_mask(num_cameras)
+        actions = self.head(layers, proprio, embodiment, image_mask)
+        return actions, backbone.placeholder_states(states[self.latent_layer])
 
-    def latent_losses(self, latents, batch):
-        """Compute the paper's L_latent from states nu^(k) [B, Q, D] of the placeholders; invalid steps count 0."""
+    def latent_errors(self, latents, batch):
+        """Return the errors [B, ...] whose mean is the paper's L_latent, and what `forward` calls sums.
+
+        latents: states nu^(k) [B, Q, D] of the placeholders. Invalid steps count 0.
+        """
         valid = batch["valid"].float()
         if self.variant.loss == "cosine":  # 1 - cos(linear(nu^(k)), mean of c over the P codes)
             guess = self.latent_head(latents)  # [B, H, d]
             error = 1 - F.cosine_similarity(guess, batch["vectors"].mean(2), dim=-1)  # [B, H]
-            return {"latent_loss": (error * valid).mean()}
+            return error * valid, {}
         guess = self.latent_head(latents[:, : self.num_latents])  # [B, H P, K or d]
         guess = guess.unflatten(1, (self.config.chunk, self.config.codes_per_step))  # [B, H, P, K or d]
         if self.config.continuous:
             error = (guess - batch["vectors"]).square().mean(3)  # [B, H, P]
-            return {"latent_loss": (error * valid[:, :, None]).mean()}
+            return error * valid[:, :, None], {}
         codes = batch["codes"]
-        loss = F.cross_entropy(guess.flatten(0, 2), codes.flatten(), reduction="none").view_as(codes)  # [B, H, P]
+        error = F.cross_entropy(guess.flatten(0, 2), codes.flatten(), reduction="none").view_as(codes)  # [B, H, P]
         hits = (guess.argmax(-1) == codes) * valid[:, :, None]
-        accuracy = hits.sum() / (valid.sum() * self.config.codes_per_step).clamp(min=1)
-        return {"latent_loss": (loss * valid[:, :, None]).mean(), "latent_accuracy": accuracy}
+        accuracy = torch.stack([hits.sum(), valid.sum() * self.config.codes_per_step])
+        return error * valid[:, :, None], {"latent_accuracy": accuracy}
+
+
+def _mean(error):
+    """Return the mean of errors; 0 where there are none, as of a model without actions."""
+    return error.mean() if error.numel() else error.sum()

@@ -1,92 +1,127 @@
 """Standardised actions, the statistics of a data set, and normalisation to [-1, 1].
 
-Implements OpenVLA's conventions for LIBERO (arXiv 2406.09246, `bounds_q99`): actions get a gripper in [0, 1] with
-1 = open, statistics are taken over all steps of one data set, and the 1 % and 99 % quantiles map to -1 and 1.
-Left out: normalisation by mean and standard deviation, and statistics over several data sets.
+Standardised means: grippers from 0 (closed) to 1 (open), everything else as stored. Statistics are taken over all steps
+of one data set, in OpenVLA's layout (arXiv 2406.09246), and decide how actions and states are normalised.
 
 Axes: S steps of a data set, A action size, n size of an action or of the proprio.
 """
 
 import hashlib
 import json
-import math
 
 import numpy as np
 
-
-def standardise(action):
-    """Return stored actions [..., A] (gripper -1 open, +1 close) as f32 [..., A] with the gripper in [0, 1], 1 = open.
-
-    OpenVLA does the same for LIBERO.
-    """
-    gripper = 1.0 - np.clip(action[..., -1:], 0.0, 1.0)
-    return np.concatenate([action[..., :-1], gripper], axis=-1).astype(np.float32)
+from index import ROWS
 
 
-def to_robosuite(action):
-    """Return standardised actions [..., A] as the simulator's f32 [..., A] (gripper -1 open, +1 close)."""
-    gripper = -np.sign(2.0 * action[..., -1:] - 1.0)
-    return np.concatenate([action[..., :-1], gripper], axis=-1).astype(np.float32)
+def standardise(action, grippers):
+    """Return stored actions [..., A] as f32 [..., A] with each gripper in [0, 1], 1 = open."""
+    action = np.array(action, np.float32)
+    for gripper in grippers:
+        opening = (action[..., gripper.index] - gripper.closed) / (gripper.open - gripper.closed)
+        action[..., gripper.index] = np.clip(opening, 0, 1) + 0.0  # not -0.0
+    return action
+
+
+def unstandardise(action, grippers):
+    """Return standardised actions [..., A] in the convention of the data, f32 [..., A]."""
+    action = np.array(action, np.float32)
+    for gripper in grippers:
+        action[..., gripper.index] = gripper.closed + action[..., gripper.index] * (gripper.open - gripper.closed)
+    return action
+
+
+def to_robosuite(action, grippers):
+    """Return standardised actions [..., A] with robosuite's gripper command, f32 [..., A]: -1 open, 1 closed."""
+    action = np.array(action, np.float32)
+    for gripper in grippers:
+        action[..., gripper.index] = -np.sign(2.0 * action[..., gripper.index] - 1.0)
+    return action
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
-def statistics(index):
-    """Return {"action": {...}, "proprio": {...}, "num_transitions", "num_trajectories"} over all steps.
+def column_statistics(read, num_steps, size, normalisation="bounds_q99", unchanged=()):
+    """Return {"mean", "std", "min", "max", "q01", "q99", "low", "high", "clip", "mask"} of a column f32 [S, n].
 
-    The layout is OpenVLA's: "action" and "proprio" hold mean, std, min, max, q01 and q99, lists of n numbers, and
-    "action" a mask, False for the gripper, which is not normalised. Video without actions or states lacks these
-    entries. Raises ValueError where an action or a state is not finite.
+    read(slice of steps) -> [steps, n]; it is read in parts, so that memory does not grow with the data by more than one
+    dimension. low and high are what normalisation maps to -1 and 1, and clip whether values beyond them are cut; mask
+    is False for the dimensions of `unchanged`. bounds_q99 falls back to min and max for a dimension that moves although
+    its quantiles (nearly) coincide: else a rare motion could never be output, and noise would become -1 or 1.
     """
-    stats = {}
-    if "action" in index.columns:
-        _check_finite(index, "action")
-        mask = [True] * (index.columns["action"].shape[1] - 1) + [False]
-        stats["action"] = _column_statistics(standardise(index.columns["action"])) | {"mask": mask}
-    if "state" in index.columns:
-        _check_finite(index, "state")
-        stats["proprio"] = _column_statistics(index.columns["state"])
-    return stats | {"num_transitions": len(index), "num_trajectories": index.num_episodes}
+    quantities = [_dimension_statistics(read, num_steps, dimension) for dimension in range(size)]
+    names = ("mean", "std", "min", "max", "q01", "q99")
+    stats = {name: [quantity[name] for quantity in quantities] for name in names}
+    for quantity in quantities:
+        quantity["low"], quantity["high"] = _bounds(quantity, normalisation)
+    stats |= {name: [quantity[name] for quantity in quantities] for name in ("low", "high")}
+    mask = [dimension not in unchanged for dimension in range(size)]
+    return stats | {"clip": normalisation != "mean_std", "mask": mask}
 
 
-def _column_statistics(x):
-    x = np.asarray(x, np.float64)
-    stats = {
-        "mean": x.mean(0),
-        "std": x.std(0),
-        "min": x.min(0),
-        "max": x.max(0),
-        "q01": np.quantile(x, 0.01, 0),
-        "q99": np.quantile(x, 0.99, 0),
-    }
-    return {name: values.tolist() for name, values in stats.items()}
+def _dimension_statistics(read, num_steps, dimension):
+    values = np.empty(num_steps, np.float32)
+    for start in range(0, num_steps, ROWS):
+        stop = min(start + ROWS, num_steps)
+        values[start:stop] = read(slice(start, stop))[:, dimension]
+    mean = float(values.mean(dtype=np.float64))
+    parts = np.array_split(values, 1 + num_steps // ROWS)
+    spread = sum(float(np.square(np.subtract(part, mean, dtype=np.float64)).sum()) for part in parts)
+    low, high = _quantiles(values, (0.01, 0.99))
+    extremes = {"min": float(values.min()), "max": float(values.max())}
+    return {"mean": mean, "std": (spread / num_steps) ** 0.5, "q01": low, "q99": high} | extremes
 
 
-def _check_finite(index, name):
-    for fault in nonfinite_faults(index, name):
-        raise ValueError(fault)
-
-
-def nonfinite_faults(index, name):
-    """Yield an error text for each episode in which column `name` holds a number that is not finite."""
-    column = index.columns[name]
-    flat = column.reshape(len(column), math.prod(column.shape[1:]))
-    nonfinite = np.argwhere(~np.isfinite(flat))  # [n, 2] of (step, dimension)
-    episodes = np.searchsorted(index.starts, nonfinite[:, 0], "right")
-    for episode in np.unique(episodes):
-        in_episode = nonfinite[episodes == episode]
-        step, dimension = in_episode[0]
-        file, place = index.locate(step)
-        yield (
-            f"{file}: {name} of {index.name} is {flat[step, dimension]} at {place}, dimension {dimension} "
-            f"({len(in_episode)} such values in the episode). Repair or remove this episode."
+def _quantiles(values, shares):
+    """Return numpy's linearly interpolated quantiles of f32 [S] in f64, from a partition of f32."""
+    found = []
+    for share in shares:
+        place = share * (len(values) - 1)
+        below = int(place)
+        pair = [below, min(below + 1, len(values) - 1)]
+        values.partition(pair)
+        first, second = values[pair].astype(np.float64)
+        weight = place - below
+        # as numpy computes it, from the nearer end
+        found.append(
+            float(second - (second - first) * (1 - weight) if weight >= 0.5 else first + (second - first) * weight)
         )
+    return found
+
+
+def _bounds(quantity, normalisation):
+    """Return what a dimension's normalisation maps to -1 and to 1."""
+    if normalisation == "mean_std":
+        return quantity["mean"] - quantity["std"], quantity["mean"] + quantity["std"]
+    low, high = quantity["q01"], quantity["q99"]
+    if normalisation == "bounds" or _nearly_equal(low, high, quantity["min"], quantity["max"]):
+        return quantity["min"], quantity["max"]
+    return low, high
+
+
+def _nearly_equal(q01, q99, smallest, largest):
+    return q99 - q01 <= 1e-3 * (largest - smallest)
+
+
+def rare_motions(stats):
+    """Return the dimensions that move, but so rarely that bounds_q99 normalises them by min and max."""
+    columns = zip(*(stats[name] for name in ("q01", "q99", "min", "max", "mask")))
+    return [
+        number
+        for number, (q01, q99, smallest, largest, normalised) in enumerate(columns)
+        if normalised and stats["clip"] and smallest < largest and _nearly_equal(q01, q99, smallest, largest)
+    ]
 
 
 def statistics_hash(stats):
-    """Return 16 hex digits of one data set's statistics, by which a run recognises its own."""
+    """Return 16 hex digits of one data set's statistics, by which a run recognises its own.
+
+    Raises ValueError where these are no statistics at all.
+    """
+    if not isinstance(stats, dict):
+        raise ValueError(f"{stats!r:.80} are no statistics of a data set. Put the run's own file back.")
     return hashlib.sha256(json.dumps(stats, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -94,27 +129,35 @@ def statistics_hash(stats):
 # Normalisation
 
 
-def normalise(x, stats):
-    """Return x [..., n] in physical units as f32 [..., n]: clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1).
+class Normaliser:
+    """Maps numbers in physical units to what a model sees and back, by the statistics of one column.
 
-    stats: the "action" or the "proprio" entry of `statistics`. A constant dimension becomes 0; one that the mask leaves
-    out stays as it is.
+    x -> 2 (x - low) / (high - low + 1e-8) - 1, clipped to [-1, 1] unless the statistics say otherwise. A dimension that
+    is constant in the data becomes 0; one that the mask leaves out stays as it is.
     """
-    low, high, mask = _bounds(stats)
-    scaled = np.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)
-    scaled = np.where(np.equal(stats["min"], stats["max"]), 0.0, scaled)
-    return np.where(mask, scaled, x).astype(np.float32)
 
+    def __init__(self, stats):
+        """stats: the "action" or the "proprio" entry of a data set's statistics. Raises ValueError for other things."""
+        try:
+            self.low = np.array(stats["low"] if "low" in stats else stats["q01"], np.float64)
+            self.range = np.array(stats["high"] if "high" in stats else stats["q99"], np.float64) - self.low + 1e-8
+            self.mask = np.array(stats.get("mask", np.ones(len(self.low), bool)), bool)
+            self.constant = np.equal(stats["min"], stats["max"], dtype=bool)
+            self.clip = bool(stats.get("clip", True))
+            shapes = {array.shape for array in (self.low, self.range, self.mask, self.constant)}
+            if self.low.ndim != 1 or len(shapes) > 1:
+                raise ValueError("their sizes differ")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"these are no statistics of numbers: {error!r}. Put the run's own file back.") from error
 
-def unnormalise(x, stats):
-    """Return normalised x [..., n] as f32 [..., n] in physical units, the inverse of `normalise` inside its bounds."""
-    low, high, mask = _bounds(stats)
-    return np.where(mask, (x + 1) / 2 * (high - low + 1e-8) + low, x).astype(np.float32)
+    def normalise(self, x):
+        """Return x [..., n] in physical units as f32 [..., n]."""
+        scaled = 2 * (x - self.low) / self.range - 1
+        if self.clip:
+            scaled = np.clip(scaled, -1, 1)
+        scaled = np.where(self.constant, 0.0, scaled)
+        return np.where(self.mask, scaled, x).astype(np.float32)
 
-
-def _bounds(stats):
-    """Return (q01, q99, mask), each [n]."""
-    low = np.asarray(stats["q01"])
-    high = np.asarray(stats["q99"])
-    mask = np.asarray(stats.get("mask", np.ones(len(low), bool)))
-    return low, high, mask
+    def unnormalise(self, x):
+        """Return normalised x [..., n] as f32 [..., n] in physical units, the inverse inside the bounds."""
+        return np.where(self.mask, (x + 1) / 2 * self.range + self.low, x).astype(np.float32)

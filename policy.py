@@ -1,4 +1,4 @@
-"""A trained run as a policy: `Policy("runs/NAME")(images, instructions, proprio)` gives actions in physical units.
+"""A trained run as a policy: `Policy("runs/NAME")(images, instructions, proprio)` gives actions in the data's units.
 
 Axes: B batch, C cameras, H chunk steps, A action size, N proprio size.
 """
@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backbone import base_hash, merge_lora, prompt_ids
-from checkpoint import load_tensors, load_trainable, read_json
+from backbone import prompt_ids
+from batches import resize_image
+from checkpoint import load_trainable
 from common import check_bf16_support
+from dataspec import PRESETS, parse_spec
+from files import load_tensors, read_json
+from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
-from normalise import normalise, statistics_hash, unnormalise
+from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
 
 
 def load_vla(run, text_length=0):
@@ -58,6 +62,11 @@ def _check_sizes(config, num_weights):
         value = getattr(config, field.name)
         if not isinstance(value, types) or (field.type is int and value < 0):
             raise ValueError(f"{field.name} is {value!r:.80} in config.json. Put the run's own file back.")
+    limits = config.action_size, config.proprio_size, config.cameras
+    for entry in config.embodiments:
+        sizes = list(entry[1:]) if isinstance(entry, (tuple, list)) else []
+        if len(sizes) != 3 or not all(type(n) is int and 0 <= n <= most for n, most in zip(sizes, limits)):
+            raise ValueError(f"embodiments hold {entry!r:.80} in config.json. Put the run's own file back.")
     check_model_config(config)
     width = config.head_width or 1
     least = width * max(config.chunk, config.action_size, config.proprio_size, 14 * width)  # of a block of the head
@@ -67,7 +76,9 @@ def _check_sizes(config, num_weights):
 
 
 class Policy:
-    """A run's model with its statistics: policy(images, instructions, proprio) -> actions in physical units.
+    """A run's model with the statistics and the description of one of its data sets.
+
+    policy(images, instructions, proprio) -> actions in the convention of that data.
 
     On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size, at most eight of them.
     """
@@ -92,11 +103,22 @@ class Policy:
             trained_with = self.data_entry["statistics"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{run}/config.json says nothing of '{name}': put the run's own file back") from error
+        self.spec = PRESETS["libero"]  # of runs from before data sets had descriptions
+        if "spec" in self.data_entry:
+            self.spec = parse_spec(self.data_entry["spec"], f"{run}/config.json")
         if statistics_hash(self.stats) != trained_with:
             raise ValueError(
                 f"{run}/dataset_statistics.json holds other statistics of '{name}' than the run was trained with "
                 f"(hash {statistics_hash(self.stats)}, not {trained_with}): put the run's own file back"
             )
+        if "action" not in self.stats:
+            raise ValueError(f"{run}: '{name}' has no actions, so its policy has no units to answer in")
+        self.action = Normaliser(self.stats["action"])
+        has_state = self.vla.config.proprio_size and "proprio" in self.stats
+        self.state = Normaliser(self.stats["proprio"]) if has_state else None
+        self.embodiment = 0
+        if embodiments := self.vla.config.embodiments:
+            self.embodiment = [known for known, *_ in embodiments].index(self.data_entry["embodiment"])
 
     def _load(self, text_length=0):
         """Read the run, with LoRA merged into its matrices."""
@@ -121,17 +143,38 @@ class Policy:
             self._load((longest + 7) // 8 * 8)
 
     @torch.inference_mode()
-    def __call__(self, images, instructions, proprio):
-        """Return actions f32 [B, H, A] in physical units, standardised (gripper 1 = open).
+    def __call__(self, images, instructions, proprio, gripper="data"):
+        """Return actions f32 [B, H, A] in physical units.
 
         images: list of C arrays u8 [B, h, w, 3] in the run's camera order; instructions: [B] strings; proprio: f32
-        [B, N] in physical units.
+        [B, N] in physical units, ignored by a model without; gripper: "data" for the convention of the data,
+        "robosuite" for -1 open and 1 closed.
         """
-        proprio = normalise(np.asarray(proprio), self.stats["proprio"])
-        batch = {
-            "images": [torch.as_tensor(camera, device=self.device) for camera in images],
+        actions, _ = self.vla.predict(self._batch(images, instructions, proprio))
+        actions = self.action.unnormalise(actions[..., : len(self.action.low)].cpu().numpy())
+        if gripper == "robosuite":
+            return to_robosuite(actions, self.spec.grippers)
+        return unstandardise(actions, self.spec.grippers)
+
+    def _batch(self, images, instructions, proprio):
+        """Return what `VLA.predict` takes; cameras and numbers that the embodiment lacks are 0."""
+        count = len(instructions)
+        config = self.vla.config
+        sides = self.data_entry.get("image_sides", [0] * len(images))
+        images = [
+            np.stack([resize_image(image, side) for image in np.asarray(camera)])
+            for camera, side in zip(images, sides, strict=True)
+        ]
+        images = [torch.as_tensor(camera, device=self.device) for camera in images]
+        absent = torch.zeros(count, 32, 32, 3, dtype=torch.uint8, device=self.device)
+        state = np.zeros((count, config.proprio_size), np.float32)
+        if self.state:
+            normalised = self.state.normalise(np.asarray(proprio))
+            state[:, : normalised.shape[1]] = normalised
+        return {
+            "images": images + [absent] * (config.cameras - len(images)),
             "text": instructions,
-            "proprio": torch.from_numpy(proprio).to(self.device),
+            "proprio": torch.from_numpy(state).to(self.device),
+            "embodiment": torch.full((count,), self.embodiment, device=self.device),
+            "num_cameras": torch.full((count,), len(images), device=self.device),
         }
-        actions, _ = self.vla.predict(batch)
-        return unnormalise(actions.cpu().numpy(), self.stats["action"])

@@ -18,16 +18,17 @@ each code stands for.
     transfer         the code of one episode decoded on a frame of a different one: how often is the predicted change
                      closer to the change that the code came from than that of a random code? 0.5 is chance; 1 is out of
                      reach, since objects lie elsewhere in the other episode.
-    tokenizer error  root mean square difference between recorded and decoded actions in the units of the data (LIBERO:
-                     1 is 5 cm, or 0.5 rad, per step; gripper 1 open, 0 closed), and the spread of that dimension.
+    tokenizer error  root mean square difference between recorded and decoded actions in the units of the data, as they
+                     are stored (LIBERO: 1 is 5 cm, or 0.5 rad, per step; gripper -1 open, 1 closed), and the spread of
+                     that dimension.
 
 Held-out episodes are those that `train_latent.py` held out: the split is made again from the settings stored with the
 model. The regression is fitted on the other episodes, its strength chosen there for each dimension by cross-validation
 over whole episodes. The task-irrelevant codes of a stage 2 and the text of a stage 1 are those of the frame that is
 decoded on. Leaves out probes of single code positions and non-linear ones.
 
-Axes: S steps of a data set, n steps measured, B batch, H chunk steps, A action size, P codes per step, K codebook
-size, d inputs of a regression, N patches of a frame, F features of a patch, G ridge strengths.
+Axes: n steps measured, B batch, H chunk steps, A action size, P codes per step, K codebook size, d inputs of a
+regression, N patches of a frame, F features of a patch, G ridge strengths.
 """
 
 import json
@@ -41,13 +42,13 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 
-from checkpoint import write_json
 from common import git_commit, init_distributed
-from data import open_index
-from index import CACHE, episode_steps, later_steps, split_episodes, step_episodes
+from data import open_dataset
+from files import write_json
+from index import CACHE, episode_steps, later_steps, split_episodes
 from label import label_episodes
-from latent import fingerprint, load_lam, load_tokenizer, pad_text, text_states
-from normalise import normalise, standardise, statistics, unnormalise
+from latent import camera_name, check_frames, fingerprint, load_lam, load_tokenizer, stack_texts, text_states
+from normalise import unstandardise
 from quantiser import code_counts, code_usage
 
 BATCH = 64  # frames, pairs and chunks computed at once
@@ -55,7 +56,6 @@ MAX_DECODED = 2048  # held-out steps, at most, on which the decoder is measured
 FOLDS = 5  # of the cross-validation
 STRENGTHS = 10.0 ** np.arange(-6, 4)  # of the ridge penalty, in units of an input's variance
 EXAMPLES = 3  # frame pairs of each code in codes.png
-DIMENSIONS = ["x", "y", "z", "rotation x", "rotation y", "rotation z", "gripper"]  # LIBERO's actions
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Config:
     """Settings of `python probe.py`."""
 
     data: Path
-    """folder of an RLDS data set that the models were trained on"""
+    """folder of a data set that the models were trained on"""
     lam: Path | None = None
     """folder of a model that `train_latent.py lam` trained"""
     tokenizer: Path | None = None
@@ -76,13 +76,15 @@ class Config:
     """folder for probe.json, probe.png and codes.png; default: that of the lam, else of the tokenizer"""
     cache: Path = CACHE
     """where indices are kept"""
+    spec: str = ""
+    """description of the data: a JSON file or the name of a preset (default: spec.json beside it, or what fits)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which episodes, which steps
 
 
-def held_out(path, index, max_episodes):
+def held_out(path, dataset, max_episodes):
     """Return (training episodes, held-out episodes), together at most max_episodes, as the model in `path` was trained.
 
     Raises ValueError when it was trained on other data, or when the split leaves nothing to fit or to measure.
@@ -90,13 +92,13 @@ def held_out(path, index, max_episodes):
     config = json.loads((path / "config.json").read_text())
     training = config["training"]
     trained_on = {entry["fingerprint"]: entry["name"] for entry in config["data"]}
-    if index.fingerprint not in trained_on:
+    if dataset.fingerprint not in trained_on:
         raise ValueError(
-            f"{path} was not trained on {index.directory} but on {', '.join(trained_on.values())}, so its held-out "
+            f"{path} was not trained on {dataset.directory} but on {', '.join(trained_on.values())}, so its held-out "
             "episodes are unknown. Give --data what it was trained on, or train: "
             f"python train_latent.py {config['kind']}"
         )
-    fitted, held = split_episodes(index, training["val_fraction"], training["seed"])
+    fitted, held = split_episodes(dataset, training["val_fraction"], training["seed"])
     if not len(held) or len(fitted) < 2:
         raise ValueError(
             f"{path}: val_fraction {training['val_fraction']} holds {len(held)} of {len(fitted) + len(held)} episodes "
@@ -113,26 +115,36 @@ def evenly_spaced(items, count):
     return items[np.linspace(0, len(items) - 1, count).astype(int)]
 
 
-def action_chunks(index, steps, chunk):
-    """Return the next `chunk` actions at `steps` i64 [n], f32 [n, H, A] in the units of the data, and bool [n, H].
+def episodes_of(dataset, steps):
+    """Return the episode of each of some steps, i64 like `steps`."""
+    return np.searchsorted(dataset.starts, steps, "right") - 1
 
-    Past the end of the episode the last action is repeated, and the second result is False.
+
+def chunks_of_steps(dataset, steps, chunk):
+    """Return the steps i64 [n, H] of the chunks that begin at `steps` i64 [n], and bool [n, H]: inside the episode.
+
+    Past the end of the episode a step's number is that of the last step.
     """
-    chunk_steps = steps[:, None] + np.arange(chunk)  # [n, H]
-    last = later_steps(index, steps, len(index))[:, None]  # [n, 1]
-    actions = standardise(index.columns["action"][np.minimum(chunk_steps, last)])
-    return actions, chunk_steps <= last
+    wanted = steps[:, None] + np.arange(chunk)  # [n, H]
+    last = later_steps(dataset, steps, len(dataset))[:, None]  # [n, 1]
+    return np.minimum(wanted, last), wanted <= last
 
 
-def mean_actions(index, chunk):
-    """Return f64 [S, A]: the mean action over each step's chunk within its episode, in the units of the data."""
-    actions, valid = action_chunks(index, np.arange(len(index)), chunk)
+def action_chunks(read, steps):
+    """Return the actions f32 [n, H, A] at `steps` i64 [n, H]. read: a data set's function (i64 [m]) -> f32 [m, A]"""
+    return read(steps.ravel()).reshape(*steps.shape, -1)
+
+
+def mean_actions(dataset, steps, chunk):
+    """Return f64 [n, A]: the mean action over the chunk of each of `steps` i64 [n] within its episode, as stored."""
+    chunks, valid = chunks_of_steps(dataset, steps, chunk)
+    actions = action_chunks(dataset.stored_action, chunks)
     return (actions * valid[..., None]).sum(1, dtype=np.float64) / valid.sum(1)[:, None]
 
 
-def dimension_names(size):
-    """Return the names of an action's dimensions."""
-    return DIMENSIONS if size == len(DIMENSIONS) else [f"action {number}" for number in range(size)]
+def dimension_names(dataset):
+    """Return the names of the dimensions of a data set's action: those of its description, else numbers."""
+    return dataset.spec.action_names or [f"action {number}" for number in range(dataset.action_size)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,32 +250,29 @@ def other_episode_rows(episodes, rng):
 class FramePairDecoder:
     """Encodes the frame pairs of a data set with an image-based model and decodes codes on its frames."""
 
-    def __init__(self, model, index, texts):
+    def __init__(self, model, dataset, texts):
         """texts: {instruction: states} for a model of stage 1, else None."""
         self.model = model
-        self.index = index
+        self.dataset = dataset
+        self.camera = camera_name(model.sizes, dataset)
         self.texts = texts
         self.device = model.patch_up.weight.device
-        self.episodes = step_episodes(index)  # [S]
 
     def features(self, steps):
         """Return the patch features f32 [B, N, F] of the frames at `steps` i64 [B]."""
-        frames = [self.model.features.resize(self.index.image(self.model.sizes.camera, step)) for step in steps]
+        frames = [self.model.features.resize(self.dataset.image(self.camera, step)) for step in steps]
         return self.model.features(torch.from_numpy(np.stack(frames)).to(self.device))
 
     def text(self, steps):
         """Return (states [B, n, width], mask bool [B, n]) of the instructions at `steps`, or () without texts."""
         if self.texts is None:
             return ()
-        states = [self.texts[self.index.instructions[episode]] for episode in self.episodes[steps]]
-        longest = max(map(len, states))
-        padded, masks = zip(*(pad_text(state, longest) for state in states), strict=True)
-        return torch.stack(padded).to(self.device), torch.stack(masks).to(self.device)
+        return stack_texts([self.texts[self.dataset.instruction(step)] for step in steps], self.device)
 
     def encode(self, steps):
         """Return (features of the frames, of those delta later, codes i64 [B, P] of each set, text) at `steps`."""
         a = self.features(steps)
-        b = self.features(later_steps(self.index, steps, self.model.sizes.delta))
+        b = self.features(later_steps(self.dataset, steps, self.model.sizes.delta))
         text = self.text(steps)
         vectors = self.model.vectors(a, b, *text)
         codes = [code_set.quantiser.nearest(c) for code_set, c in zip(self.model.code_sets, vectors, strict=True)]
@@ -279,7 +288,7 @@ def decode_measures(decoder, steps):
     """Return {"reconstruction", "transfer"} at `steps` i64 [n]; transfer is None when all steps are of one episode."""
     steps = evenly_spaced(steps, MAX_DECODED)
     rng = np.random.default_rng(0)
-    episodes = decoder.episodes[steps]
+    episodes = episodes_of(decoder.dataset, steps)
     mixed = rng.permutation(len(steps))  # the step whose codes replace the own ones
     several = len(np.unique(episodes)) > 1
     if several:
@@ -320,14 +329,14 @@ def codebook_usage(codes, num_codes):
     return {"num_codes": num_codes, "usage": used.tolist(), "perplexity": perplexity.tolist()}
 
 
-def probe_lam(model, index, config, split, out):
+def probe_lam(model, dataset, config, split, out):
     """Return the report on the image-based model and draw codes.png in the folder `out`. split: from `held_out`"""
     fitted, held = split
     chunk = json.loads((config.lam / "config.json").read_text())["training"]["chunk"]
-    texts = text_states(model.sizes.text, index.instructions) if model.sizes.stage == 1 else None
+    texts = text_states(model.sizes.text, dataset.instructions()) if model.sizes.stage == 1 else None
     both = np.concatenate([fitted, held])
-    both_steps, steps = episode_steps(index, both), episode_steps(index, held)
-    codes, vectors = map(torch.cat, zip(*label_episodes(index, model, both, BATCH, texts), strict=True))
+    both_steps, steps = episode_steps(dataset, both), episode_steps(dataset, held)
+    codes, vectors = map(torch.cat, zip(*label_episodes(dataset, model, both, BATCH, texts), strict=True))
     codes = codes.long()
     measured = codes[-len(steps) :]
     report = {
@@ -340,16 +349,16 @@ def probe_lam(model, index, config, split, out):
         "steps": len(steps),
     }
     report |= codebook_usage(measured, model.num_codes)
-    report |= decode_measures(FramePairDecoder(model, index, texts), steps)
+    report |= decode_measures(FramePairDecoder(model, dataset, texts), steps)
     actions = None
-    if "action" in index.columns:
-        actions = mean_actions(index, chunk)
-        scores = probe_actions(codes, vectors, actions[both_steps], step_episodes(index)[both_steps], split, model)
-        report["dimensions"] = dimension_names(actions.shape[1])
+    if dataset.action_size:
+        actions = mean_actions(dataset, both_steps, chunk)
+        scores = probe_actions(codes, vectors, actions, episodes_of(dataset, both_steps), split, model)
+        report["dimensions"] = dimension_names(dataset)
         report["r2"] = {name: [None if np.isnan(r2) else float(r2) for r2 in row] for name, row in scores.items()}
-        actions = actions[steps]
-    examples = code_examples(index, steps, measured[:, config.position].numpy(), model.sizes.delta)
-    draw_codes(index, model.sizes, examples, actions, out / "codes.png")
+        actions = actions[-len(steps) :]
+    examples = code_examples(dataset, steps, measured[:, config.position].numpy(), model.sizes.delta)
+    draw_codes(dataset, model.sizes, examples, actions, out / "codes.png")
     return report
 
 
@@ -375,16 +384,39 @@ def physical_error(decoded, actions, valid):
     return np.sqrt(np.square(decoded - actions)[valid].mean(0, dtype=np.float64))
 
 
-def probe_tokenizer(model, index, config, split):
+def embodiment_number(model, dataset, path):
+    """Return the number of a data set's embodiment in the tokenizer in `path`. Raises ValueError if it does not fit."""
+    names = list(model.config.get("embodiments", [dataset.spec.embodiment]))
+    name = dataset.spec.embodiment
+    if name not in names or model.action_sizes[names.index(name)] != dataset.action_size:
+        sizes = dict(zip(names, model.action_sizes))
+        raise ValueError(
+            f"{path} codes actions of the sizes {sizes}, but {dataset.name}, as described by {dataset.source}, has "
+            f"{dataset.action_size} of {name}. Describe it as in the training: --spec"
+        )
+    return names.index(name)
+
+
+def probe_tokenizer(model, dataset, config, split):
     """Return the report on the action tokenizer; errors in the units of the data. split: from `held_out`"""
     held = split[1]
-    stats = statistics(index)["action"]
-    steps = episode_steps(index, held)
-    actions, valid = action_chunks(index, steps, model.config["chunk"])
-    normalised, valid_steps = torch.from_numpy(normalise(actions, stats)), torch.from_numpy(valid)
-    batches = zip(normalised.split(BATCH), valid_steps.split(BATCH), strict=True)
-    codes = torch.cat([model.encode(*batch)[0] for batch in batches])  # [n, H]
-    decoded = torch.cat([model.decode(batch) for batch in codes.split(BATCH)]).numpy()  # [n, H, A]
+    embodiment = torch.tensor(embodiment_number(model, dataset, config.tokenizer))
+    steps = episode_steps(dataset, held)
+    chunks, valid = chunks_of_steps(dataset, steps, model.config["chunk"])
+    normalised, valid_steps = (
+        torch.from_numpy(action_chunks(dataset.normalised_action, chunks)),
+        torch.from_numpy(valid),
+    )
+    normalised = F.pad(normalised, (0, max(model.action_sizes) - dataset.action_size))
+    codes, decoded = [], []  # [B, H] and [B, H, A] each
+    for batch, batch_valid in zip(normalised.split(BATCH), valid_steps.split(BATCH), strict=True):
+        number = embodiment.expand(len(batch))
+        codes.append(model.encode(batch, batch_valid, number)[0])
+        decoded.append(model.decode(codes[-1], number)[..., : dataset.action_size])
+    codes = torch.cat(codes)
+    decoded = dataset.action_normaliser.unnormalise(torch.cat(decoded).numpy())
+    decoded = unstandardise(decoded, dataset.spec.grippers)
+    actions = action_chunks(dataset.stored_action, chunks)
     report = {
         "model": str(config.tokenizer),
         "fingerprint": fingerprint(config.tokenizer),
@@ -392,8 +424,8 @@ def probe_tokenizer(model, index, config, split):
         "held_out_episodes": held.tolist(),
     }
     report |= codebook_usage(codes[valid_steps][:, None], model.num_codes)
-    report["dimensions"] = dimension_names(actions.shape[2])
-    report["error"] = physical_error(unnormalise(decoded, stats), actions, valid).tolist()
+    report["dimensions"] = dimension_names(dataset)
+    report["error"] = physical_error(decoded, actions, valid).tolist()
     report["spread"] = actions[valid].std(0, dtype=np.float64).tolist()
     return report
 
@@ -409,14 +441,14 @@ def spread_over_episodes(episodes, count, rng):
     return np.concatenate([rng.permutation(first), np.setdiff1d(order, first)])[:count]
 
 
-def code_examples(index, steps, codes, delta):
+def code_examples(dataset, steps, codes, delta):
     """Return [(code, its rows i64 [k], pairs [(step, step delta later)])], the most frequent code first.
 
     steps i64 [n] and their codes i64 [n]; the pairs are of different episodes as far as there are.
     """
     rng = np.random.default_rng(0)
-    later = later_steps(index, steps, delta)
-    episodes = step_episodes(index)[steps]
+    later = later_steps(dataset, steps, delta)
+    episodes = episodes_of(dataset, steps)
     counts = np.bincount(codes)
     examples = []
     for code in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
@@ -426,10 +458,13 @@ def code_examples(index, steps, codes, delta):
     return examples
 
 
-def draw_codes(index, sizes, examples, actions, path):
+def draw_codes(dataset, sizes, examples, actions, path):
     """Draw `code_examples`. actions: [n, A], the mean of each measured step's next chunk, or None."""
     height = (len(examples) + 1) // 2
     total = sum(len(rows) for _, rows, _ in examples)
+    camera = camera_name(sizes, dataset)
+    names = dimension_names(dataset)
+    shown = sorted({0, 1, 2, *(gripper.index for gripper in dataset.spec.grippers)})
     figure = Figure(figsize=(22, 1.65 * height + 1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.11)  # more room between pairs than within one
     grid = figure.subplots(height, 2 * EXAMPLES, squeeze=False).reshape(-1, EXAMPLES)
@@ -437,14 +472,12 @@ def draw_codes(index, sizes, examples, actions, path):
         cell.set(xticks=[], yticks=[], frame_on=False)
     for cells, (code, rows, pairs) in zip(grid, examples):
         for cell, pair in zip(cells, pairs):
-            a, b = (index.image(sizes.camera, step) for step in pair)
+            a, b = (dataset.image(camera, step) for step in pair)
             gap = np.full_like(a[:, :2], 255)
             cell.imshow(np.concatenate([a, gap, b], 1))
         label = [f"code {code}", f"{100 * len(rows) / total:.0f} % of steps"]
         if actions is not None:
             mean = actions[rows].mean(0)
-            names = dimension_names(len(mean))
-            shown = sorted({0, 1, 2, len(mean) - 1})
             label += [f"{names[number]} {mean[number]:+.2f}" for number in shown if number < len(mean)]
         cells[0].set_ylabel("\n".join(label), rotation=0, ha="right", va="center", fontsize=11)
     figure.suptitle(
@@ -574,19 +607,26 @@ def main(config):
     if config.max_episodes < 3:
         raise ValueError(f"max_episodes is {config.max_episodes}; it takes 3, 2 to fit and 1 to measure")
     device = init_distributed().device
-    index = open_index(config.data, config.cache)
+    dataset = open_dataset(config.data, config.cache, config.spec)
     lam = load_lam(config.lam).to(device) if config.lam else None
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    splits = {path: held_out(path, index, config.max_episodes) for path in (config.lam, config.tokenizer) if path}
+    if lam:
+        check_frames(lam.sizes, dataset)
+    splits = {path: held_out(path, dataset, config.max_episodes) for path in (config.lam, config.tokenizer) if path}
     if lam and not 0 <= config.position < lam.sizes.codes_per_step:
         raise ValueError(f"position is {config.position}; {config.lam} has 0 to {lam.sizes.codes_per_step - 1}")
     out = config.out or config.lam or config.tokenizer
     out.mkdir(parents=True, exist_ok=True)
-    report = {"data": index.name, "data_fingerprint": index.fingerprint, "command": sys.argv, "commit": git_commit()}
+    report = {
+        "data": dataset.name,
+        "data_fingerprint": dataset.fingerprint,
+        "command": sys.argv,
+        "commit": git_commit(),
+    }
     if lam:
-        report["lam"] = probe_lam(lam, index, config, splits[config.lam], out)
+        report["lam"] = probe_lam(lam, dataset, config, splits[config.lam], out)
     if tokenizer:
-        report["tokenizer"] = probe_tokenizer(tokenizer, index, config, splits[config.tokenizer])
+        report["tokenizer"] = probe_tokenizer(tokenizer, dataset, config, splits[config.tokenizer])
     write_json(out / "probe.json", report)
     draw_charts(report, out / "probe.png")
     print_report(report)

@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 import torch
 
-from checkpoint import write_text
 from common import git_commit
+from files import write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics

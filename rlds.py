@@ -1,10 +1,11 @@
 """The data format RLDS, read without TensorFlow.
 
 An RLDS data set (arXiv 2111.02767) is a folder of TFRecord shards with one `tf.train.Example` per episode, as
-tensorflow-datasets writes it. One pass over the shards verifies every checksum and notes where each JPEG lies (shard,
-offset, length); the small columns (actions, states, ...) go to .npy files in the cache. Training then reads the JPEGs
-in place: a global shuffle and random access without a copy of the data.
-Left out: other image encodings, nested sequences, splits other than `train`.
+tensorflow-datasets writes it. One pass over the shards verifies every checksum and notes where each image lies (shard,
+offset, length); numbers and texts go to the cache. Training then reads the images in place: a global shuffle and random
+access without a copy of the data. Features of a kind that is not read (nested sequences, ragged or very large tensors,
+audio) are left alone.
+Left out: splits other than `train`.
 
 Axes: S steps of a data set, T steps of an episode, E episodes.
 """
@@ -16,15 +17,14 @@ import math
 import os
 import re
 import struct
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from checkpoint import read_json
-from index import CACHE, COPY_AGAIN, Index
+from files import read_json
+from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents, raise_fault
 
 try:
     import simplejpeg  # optional: the same pixels, decoded faster
@@ -32,13 +32,7 @@ except ImportError:
     simplejpeg = None
 
 FORMAT = "RLDS (features.json and *.tfrecord-* files)"  # for messages
-INDEX_FORMAT = 2  # raise when the cached files change their meaning
-
-
-def raise_fault(fault, warning=False):
-    """Raise `fault`, an exception, unless it is only a warning: what opening does with a fault by default."""
-    if not warning:
-        raise fault
+LARGEST_ROW = 4096  # numbers of a step; larger tensors, as of depth in metres, would fill the cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,11 +106,25 @@ def _feature_values(buffer, kind, start, end):
         raise ValueError(f"protobuf field at byte {start} is no packed list of floats or integers")
     if kind == 2:
         return np.frombuffer(buffer[start:end], "<f4")
-    numbers = []
-    while start < end:
-        number, start = _varint(buffer, start, end)
-        numbers.append(number - (1 << 64) if number >> 63 else number)
-    return np.array(numbers, np.int64)
+    return _varints(np.frombuffer(buffer[start:end], np.uint8), start)
+
+
+def _varints(raw, start):
+    """Return the integers i64 [n] of packed varints, bytes u8 [m] from byte `start` of a record on."""
+    if not len(raw):
+        return np.zeros(0, np.int64)
+    ends = np.flatnonzero(raw < 0x80)
+    firsts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - firsts + 1
+    # ten bytes hold 70 bits, of which the last six must be 0
+    if not len(ends) or ends[-1] + 1 != len(raw) or lengths.max() > 10 or (raw[ends[lengths == 10]] > 1).any():
+        raise ValueError(f"protobuf numbers at byte {start} have more than 64 bits or reach past their message")
+    numbers = np.zeros(len(ends), np.uint64)
+    for place in range(lengths.max()):
+        longer = lengths > place
+        part = raw[firsts[longer] + place].astype(np.uint64) & np.uint64(0x7F)
+        numbers[longer] |= part << np.uint64(7 * place)
+    return numbers.view(np.int64)
 
 
 def _fields(buffer, start, end):
@@ -170,35 +178,61 @@ def _version_folders(path):
 
 
 def read_features(directory):
-    """Return features.json as {name in the records: ("image" | "text" | "tensor", dtype, shape)}.
+    """Return features.json as {name in the records: Feature}, without the kinds that are not read.
 
-    Raises ValueError where it is no JSON object or two features of a step share their last name.
+    Names that do not begin with "steps/" belong to whole episodes; of these, numbers and texts are read. Raises
+    ValueError where it is no JSON object.
     """
-    features = dict(_leaf_features(read_json(directory / "features.json"), ""))
-    names = [_last_name(name) for name in features if name.startswith("steps/")]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{directory}: two features of a step share a name: {sorted(names)}")
-    return features
+    features = {}
+    for key, node in read_json(directory / "features.json")["featuresDict"]["features"].items():
+        features |= _leaf_features(node, key)
+    return {name: feature for name, feature in features.items() if _of_steps(name) or feature.kind != "image"}
+
+
+def _of_steps(name):
+    return name.startswith("steps/")
 
 
 def _leaf_features(node, name):
-    """Yield (name, (kind, dtype, shape)) of every feature below a node of features.json called `name`."""
+    """Yield (name, Feature) of every feature that is read below a node of features.json called `name`."""
     if "featuresDict" in node:
         for key, child in node["featuresDict"]["features"].items():
-            yield from _leaf_features(child, f"{name}/{key}" if name else key)
-    elif "sequence" in node:
+            yield from _leaf_features(child, f"{name}/{key}")
+    elif "sequence" in node and name == "steps":
         yield from _leaf_features(node["sequence"]["feature"], name)
     elif "text" in node:
-        yield name, ("text", "str", ())
-    else:
-        kind = "image" if "image" in node else "tensor"
-        shape = tuple(int(size) for size in node[kind].get("shape", {}).get("dimensions", []))
-        yield name, (kind, node[kind].get("dtype", "float32"), shape)
+        yield name, Feature("text", "str", ())
+    elif "classLabel" in node:
+        yield name, Feature("number", "int64", ())
+    elif "image" in node and len(_shape(node["image"])) == 3:
+        yield name, Feature("image", node["image"].get("dtype", "uint8"), _shape(node["image"]))
+    elif "tensor" in node:
+        yield from _tensor_feature(node["tensor"], name)
 
 
-def _last_name(name):
-    """Return the last part of a feature's name: "state" of "steps/observation/state"."""
-    return name.rsplit("/", 1)[-1]
+def _tensor_feature(tensor, name):
+    dtype = tensor.get("dtype", "float32")
+    shape = _shape(tensor)
+    if dtype in ("string", "object"):
+        if shape == ():
+            yield name, Feature("text", "bytes", ())  # which may be no text
+    elif tensor.get("encoding", "none").lower() not in ("none", "bytes"):
+        return  # compressed
+    elif dtype == "uint8" and len(shape) == 3 and shape[2] in (1, 3) and None not in shape:
+        yield name, Feature("image", dtype, shape)
+    elif re.fullmatch(r"bool|float(16|32|64)|u?int(8|16|32|64)", dtype):
+        if not _of_steps(name) or None not in shape and math.prod(shape) <= LARGEST_ROW:
+            yield name, Feature("number", dtype, shape)
+
+
+def _shape(node):
+    sizes = node.get("shape", {}).get("dimensions", [])
+    return tuple(int(size) if int(size) > 0 else None for size in sizes)
+
+
+def step_path(name):
+    """Return the path of a step's feature: "observation/state" of the record's "steps/observation/state"."""
+    return name.removeprefix("steps/")
 
 
 def shard_paths(directory, on_fault=raise_fault):
@@ -210,16 +244,19 @@ def shard_paths(directory, on_fault=raise_fault):
     split = next((s for s in info["splits"] if s["name"] == "train"), None)
     if split is None:
         raise ValueError(f"{directory}: no split called 'train', only {[s['name'] for s in info['splits']]}")
+    file_format = info.get("fileFormat", "tfrecord")
+    if file_format != "tfrecord":
+        raise ValueError(f"{directory}: its file format is {file_format}; write the data as tfrecord")
     lengths = split["shardLengths"]
     template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
-    names = {"DATASET": info["name"], "SPLIT": "train", "FILEFORMAT": info.get("fileFormat", "tfrecord")}
+    names = {"DATASET": info["name"], "SPLIT": "train", "FILEFORMAT": file_format}
     shards = [f"{number:05d}-of-{len(lengths):05d}" for number in range(len(lengths))]
     paths = [directory / template.format(SHARD_X_OF_Y=shard, **names) for shard in shards]
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
         fault = f"{directory}: {len(missing)} of {len(paths)} shards are missing: {missing[:3]}. {COPY_AGAIN}"
         on_fault(FileNotFoundError(fault))
-    return {path: int(length) for path, length in zip(paths, lengths) if path.exists()}
+    return {path: int(length) for path, length in zip(paths, lengths) if path.is_file()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,58 +267,57 @@ def shard_paths(directory, on_fault=raise_fault):
 class RldsIndex(Index):
     """An RLDS data set. `open_index` builds it once and reads it from the cache later.
 
-    shards: [files]; images: {camera: i64 [S, 3] of (number of the shard, byte offset, length)};
-    sizes: {camera: (height, width)} where features.json states it.
+    shards: [files]; images: {path: i64 [S, 3] of (number of the shard, byte offset, length)} of encoded images; pixels:
+    {path: u8 [S, height, width, channels]} of images that are stored as tensors.
     """
 
     shards: list = field(default_factory=list)
     images: dict = field(default_factory=dict)
-    sizes: dict = field(default_factory=dict)
-
-    @property
-    def cameras(self):
-        """The names of the cameras, a list."""
-        return list(self.images)
-
-    def mean_frame_bytes(self, camera):
-        """Return the mean size of a stored JPEG in bytes."""
-        return self.images[camera][:, 2].mean()
+    pixels: dict = field(default_factory=dict)
 
     def file_of(self, step):
-        """Return the shard that a step is stored in; without cameras, the folder of the data set."""
+        """Return the shard that a step is stored in; without encoded images, the folder of the data set."""
         if not self.images:
             return self.directory
         locations = next(iter(self.images.values()))
         return self.shards[locations[step][0]]
 
-    def stored_bytes(self, camera, step):
+    def stored_bytes(self, path, step):
         """Return the stored bytes of one image. Raises ValueError where the file has become too short."""
-        shard, offset, length = (int(n) for n in self.images[camera][step])
+        shard, offset, length = (int(n) for n in self.images[path][step])
         with open(self.shards[shard], "rb") as file:
             stored = os.pread(file.fileno(), length, offset)
         if len(stored) < length:
             raise ValueError(f"the file ends before byte {offset + length}; it was cut after it was indexed")
         return stored
 
-    def read_image(self, camera, step):
-        """Return an image, u8 [height, width, 3]. Raises ValueError for a size that features.json does not state."""
-        pixels = decode_jpeg(self.stored_bytes(camera, step))
-        if pixels.shape[:2] != self.sizes.get(camera, pixels.shape[:2]):
-            raise ValueError(f"it is {pixels.shape[:2]}, but features.json has {self.sizes[camera]}")
-        return pixels
+    def read_image(self, path, step):
+        """Return an image u8 [height, width, 1 or 3] of an 8-bit feature. Raises where it cannot be decoded."""
+        if path in self.pixels:
+            return np.array(self.pixels[path][step])
+        return decode_image(self.stored_bytes(path, step), self.features[path].shape[2])
 
-    def storage_options(self, camera):
-        """Return {"size": height, "qtables": ..., "subsampling": ...} of the camera's first JPEG, for Pillow."""
-        image = Image.open(io.BytesIO(self.stored_bytes(camera, 0)))
+    def storage_options(self, path):
+        """Return {"format": "JPEG", "qtables": ..., "subsampling": ...} of the first image, or {"format": "PNG"}."""
+        if path in self.pixels:
+            return {"format": "PNG"}
+        image = Image.open(io.BytesIO(self.stored_bytes(path, 0)))
+        if image.format != "JPEG":
+            return {"format": "PNG"}
         tables = [list(table) for _, table in sorted(image.quantization.items())]
-        return {"size": image.height, "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
+        return {"format": "JPEG", "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
 
 
-def decode_jpeg(stored):
-    """Return JPEG bytes as u8 [height, width, 3], decoded by simplejpeg where it is installed."""
-    if simplejpeg:
+def decode_image(stored, channels=3):
+    """Return JPEG or PNG bytes as u8 [height, width, channels]; JPEGs by simplejpeg where it is installed."""
+    if simplejpeg and channels == 3 and stored[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(stored, "RGB", fastdct=False, fastupsample=False)
-    return np.asarray(Image.open(io.BytesIO(stored), formats=["JPEG"]).convert("RGB"))
+    image = Image.open(io.BytesIO(stored), formats=["JPEG", "PNG"])
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode})")
+    if channels == 1:
+        return np.asarray(image.convert("L"))[:, :, None]
+    return np.asarray(image.convert("RGB"))
 
 
 def open_index(path, cache=CACHE, on_fault=None):
@@ -295,24 +331,20 @@ def open_index(path, cache=CACHE, on_fault=None):
     try:
         shards = shard_paths(directory, on_fault or raise_fault)
         features = read_features(directory)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{directory}: damaged features.json or dataset_info.json: {error!r}. {COPY_AGAIN}") from error
     is_version = re.fullmatch(r"\d+\.\d+\.\d+", directory.name)
     name = (directory.parent if is_version else directory).resolve().name  # dataset_info.json's can be odd: liber_o10
     salt = (directory / "features.json").read_bytes()
     folder = _cache_folder(cache, name, salt, shards)
-    sizes = {
-        _last_name(feature): shape[:2]
-        for feature, (kind, _, shape) in features.items()
-        if kind == "image" and min(shape, default=0) > 0
-    }
-    if on_fault:
-        contents = scan_shards(shards, features, salt, on_fault)
-    else:
-        if not (folder / "index.json").exists():
-            _write_contents(folder, **scan_shards(shards, features, salt))
-        contents = _read_contents(folder)
-    return RldsIndex(name, directory, folder, shards=list(shards), sizes=sizes, **contents)
+
+    def scan(writer, on_fault):
+        scan_shards(shards, features, salt, writer, on_fault)
+
+    contents = cached_contents(folder, scan, on_fault)
+    of_steps = {step_path(name): feature for name, feature in features.items() if _of_steps(name)}
+    texts_of_episodes = {path: Feature("text", "str", ()) for path in contents["texts"]}
+    return RldsIndex(name, directory, folder, features=of_steps | texts_of_episodes, shards=list(shards), **contents)
 
 
 def _cache_folder(cache, name, salt, shards):
@@ -322,167 +354,148 @@ def _cache_folder(cache, name, salt, shards):
     return Path(cache).expanduser() / f"{name}-{key}"
 
 
-def _read_contents(folder):
-    """Return what `_write_contents` wrote, with memory-mapped images and columns."""
-    contents = json.loads((folder / "index.json").read_text())
-    for kind in ("images", "columns"):
-        contents[kind] = {name: np.load(folder / f"{kind}.{name}.npy", mmap_mode="r") for name in contents[kind]}
-    return contents | {"starts": np.load(folder / "starts.npy")}
-
-
-def _write_contents(folder, starts, **contents):
-    """Write to a temporary folder and rename it, so that a reader never sees half an index."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
-    for kind in ("images", "columns"):
-        for name, array in contents[kind].items():
-            np.save(temporary / f"{kind}.{name}.npy", array)
-        contents[kind] = list(contents[kind])
-    np.save(temporary / "starts.npy", starts)
-    (temporary / "index.json").write_text(json.dumps(contents))
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster
-        for path in temporary.iterdir():
-            path.unlink()
-        temporary.rmdir()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading every record once
 
 
-@dataclass
-class _Episode:
-    """The contents of one record: images {camera: i64 [T, 3]}, columns {name: [T, ...]}, metadata {name: value}."""
-
-    num_steps: int
-    images: dict
-    columns: dict
-    metadata: dict
-    instructions: list  # [T] texts
-
-
-def scan_shards(shards, features, salt, on_fault=raise_fault):
-    """Read every record once. Return the fields of an `RldsIndex` that depend on them, without episodes of no step.
+def scan_shards(shards, features, salt, writer, on_fault=raise_fault):
+    """Read every record once and write the index; episodes of no step are left out.
 
     shards: {path: number of records}; features: those of `read_features`; salt: bytes that the fingerprint depends on
     too. Calls `on_fault` with a ValueError for each fault; a record with an error is left out.
     """
     digest = hashlib.sha256(salt)
-    episodes = []
+    metadata = {}
     for shard, (path, expected) in enumerate(shards.items()):
         num_records = 0
         for offset, payload, crc in read_records(path, on_fault):
             num_records += 1
             digest.update(struct.pack("<QI", len(payload), crc))
             place = f"{path}: record at byte {offset - 12}"
-            number = f"(episode {len(episodes)})"
+            number = f"(episode {len(writer.lengths)})"
             try:
-                episode = _read_episode(payload, features, shard, offset)
+                episode = read_episode(payload, features, shard, offset)
             except ValueError as error:
                 on_fault(ValueError(f"{place}: {error} {number}. Repair or remove this episode."))
                 continue
-            for oddity in _oddities(episode):
+            if episode.num_steps < 2:
+                left_out = " and is left out" if episode.num_steps == 0 else ""
+                oddity = f"the episode has {episode.num_steps} steps{left_out}"
                 on_fault(ValueError(f"{place}: {oddity} {number}. Is it meant to be so?"), warning=True)
             if episode.num_steps:
-                episode.instructions = episode.instructions[:1]  # the others need not stay in memory
-                episodes.append(episode)
+                _append_episode(writer, episode, metadata)
         if num_records != expected:
             on_fault(ValueError(f"{path}: {num_records} whole records, {expected} in dataset_info.json. {COPY_AGAIN}"))
-    if not episodes:
+    if not writer.lengths:
         on_fault(ValueError(f"no episode in the shards {', '.join(map(str, shards))}. {COPY_AGAIN}"))
-    return _join_episodes(episodes) | {"fingerprint": digest.hexdigest()[:16]}
+    writer.finish(metadata=metadata, fingerprint=digest.hexdigest()[:16])
 
 
-def _join_episodes(episodes):
-    """Return starts, images, columns, instructions and metadata of all episodes, as the fields of an `RldsIndex`."""
-    first = episodes[0] if episodes else _Episode(0, {}, {}, {}, [])
-    return {
-        "starts": np.cumsum([0, *(episode.num_steps for episode in episodes)]),
-        "images": {name: np.concatenate([episode.images[name] for episode in episodes]) for name in first.images},
-        "columns": {name: np.concatenate([episode.columns[name] for episode in episodes]) for name in first.columns},
-        "instructions": [episode.instructions[0] if episode.instructions else "" for episode in episodes],
-        "metadata": {name: [episode.metadata[name] for episode in episodes] for name in first.metadata},
-    }
+@dataclass
+class Episode:
+    """The contents of one record: arrays {(kind, path): [T, ...]}, texts {path: [T]}, metadata {name: value}."""
+
+    num_steps: int
+    arrays: dict = field(default_factory=dict)
+    texts: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
 
 
-def _read_episode(payload, features, shard, offset):
-    """Return the `_Episode` in a record's payload, which lies at byte `offset` of shard number `shard`.
+def _append_episode(writer, episode, metadata):
+    for (kind, path), rows in episode.arrays.items():
+        writer.append(kind, path, rows)
+    for path, texts in episode.texts.items():
+        writer.append_texts(path, texts)
+    for name, value in episode.metadata.items():
+        metadata.setdefault(name, []).append(value)
+    writer.end_episode(episode.num_steps)
 
-    Raises ValueError naming the feature that is not as in features.json.
+
+def read_episode(payload, features, shard, offset):
+    """Return the `Episode` in a record's payload, which lies at byte `offset` of shard number `shard`.
+
+    Texts of the metadata are also texts of every step. Raises ValueError naming the feature that is not as in
+    features.json.
     """
     example = parse_example(payload)
     missing = sorted(features.keys() - example.keys())
     if missing:
         raise ValueError(f"no feature {', '.join(missing)}; there is {', '.join(sorted(example))}")
-    num_steps = _count_steps(example, features)
-    episode = _Episode(num_steps, {}, {}, {}, [])
-    for name, (kind, dtype, shape) in features.items():
+    episode = Episode(_count_steps(example, features))
+    for name, feature in features.items():
         value = example[name]
-        if name.startswith("episode_metadata/"):
-            episode.metadata[_last_name(name)] = _metadata_value(name, value, payload, kind, dtype, shape)
-            continue
-        _check_values(name, value, kind, dtype, num_steps * math.prod(shape if kind == "tensor" else ()))
-        if kind == "image":
-            locations = [(shard, offset + start, length) for start, length in value]
-            episode.images[_last_name(name)] = np.array(locations, np.int64)
-        elif kind == "tensor":
-            episode.columns[_last_name(name)] = value.reshape(num_steps, *shape).astype(dtype)
-        elif name == "steps/language_instruction":
-            for step, (start, length) in enumerate(value):
-                episode.instructions.append(_decode_text(f"{name} at step {step}", payload[start : start + length]))
+        if _of_steps(name):
+            _read_step_feature(episode, name, feature, value, payload, (shard, offset))
+        else:
+            found = _metadata_value(name, value, payload, feature)
+            episode.metadata[name.removeprefix("episode_metadata/")] = found
+            if feature.kind == "text":
+                episode.texts[name] = [found] * episode.num_steps
     return episode
 
 
+def _read_step_feature(episode, name, feature, value, payload, place):
+    """Add a feature of every step to an episode. place: (number of the shard, byte of the payload in it)."""
+    path = step_path(name)
+    stored_as_bytes = isinstance(value, list)
+    if feature.kind == "text":
+        _check_values(name, value, "bytes", episode.num_steps)
+        episode.texts[path] = [
+            _decode_text(f"{name} at step {step}", payload[start : start + length], feature)
+            for step, (start, length) in enumerate(value)
+        ]
+    elif feature.kind == "image" and stored_as_bytes:
+        _check_values(name, value, "bytes", episode.num_steps)
+        shard, offset = place
+        locations = [(shard, offset + start, length) for start, length in value]
+        episode.arrays["images", path] = np.array(locations, np.int64).reshape(-1, 3)
+    else:
+        if stored_as_bytes and len(value) == episode.num_steps:
+            parts = [np.frombuffer(payload[start : start + length], feature.dtype) for start, length in value]
+            value = np.concatenate([np.zeros(0, feature.dtype), *parts])
+        _check_values(name, value, _number_type(feature.dtype), episode.num_steps * math.prod(feature.shape))
+        kind = "pixels" if feature.kind == "image" else "columns"
+        rows = value.reshape(episode.num_steps, *feature.shape).astype(feature.dtype)
+        episode.arrays[kind, path] = rows
+
+
 def _count_steps(example, features):
-    """Return the number of steps of an episode, from its first text or image: these have one entry per step."""
-    for name, (kind, _, _) in features.items():
-        if kind != "tensor" and name.startswith("steps/"):
+    """Return the number of steps of an episode, from a feature that has one entry per step, else from its numbers."""
+    numbers = None
+    for name, feature in features.items():
+        if not _of_steps(name):
+            continue
+        if isinstance(example[name], list):
             return len(example[name])
-    raise ValueError("a step has neither image nor text, so its number is unknown")
+        numbers = name
+    if numbers is None:
+        raise ValueError("a step has no feature that is read, so the number of steps is unknown")
+    return len(example[numbers]) // math.prod(features[numbers].shape)
 
 
-def _oddities(episode):
-    """Yield a text for all that is odd about an episode although one can train with it."""
-    if episode.num_steps == 0:
-        yield "the episode has 0 steps and is left out"
-    if episode.num_steps == 1:
-        yield "the episode has 1 steps"
-    if any(not text.strip() for text in episode.instructions):
-        yield "the instruction is empty"
-    actions = episode.columns.get("action")
-    if actions is not None and episode.num_steps > 1 and (actions == actions[0]).all():
-        yield f"the action never changes in {episode.num_steps} steps"
-
-
-def _decode_text(name, raw):
+def _decode_text(name, raw, feature):
     try:
-        return raw.decode()
+        return raw.decode(errors="replace" if feature.dtype == "bytes" else "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"feature {name} is no UTF-8 text: {raw[:80]}, {error.reason}") from error
 
 
-def _metadata_value(name, value, payload, kind, dtype, shape):
+def _metadata_value(name, value, payload, feature):
     """Return one episode's value as JSON holds it; tensors may be stored as packed numbers or as raw bytes."""
-    if isinstance(value, list):
-        _check_values(name, value, "text", dtype, 1)
+    if feature.kind == "text" or isinstance(value, list):
+        _check_values(name, value, "bytes", 1)
         start, length = value[0]
         raw = payload[start : start + length]
-        if kind == "text":
-            return _decode_text(name, raw)
-        value = np.frombuffer(raw, dtype)
-    _check_values(name, value, kind, dtype, 1 if shape == () else len(value))
-    return value[0].item() if shape == () else value.tolist()
+        if feature.kind == "text":
+            return _decode_text(name, raw, feature)
+        value = np.frombuffer(raw, feature.dtype)
+    _check_values(name, value, _number_type(feature.dtype), 1 if feature.shape == () else len(value))
+    return value[0].item() if feature.shape == () else value.tolist()
 
 
-def _check_values(name, value, kind, dtype, count):
+def _check_values(name, value, expected, count):
     """Raise ValueError unless a feature has `count` values of the type that features.json states."""
-    if isinstance(value, list):
-        stored = "bytes"
-    else:
-        stored = _number_type(value.dtype.name)
-    expected = _number_type(dtype) if kind == "tensor" else "bytes"
+    stored = "bytes" if isinstance(value, list) else _number_type(value.dtype.name)
     if (len(value), stored) != (count, expected):
         raise ValueError(f"feature {name} has {len(value)} values ({stored}), features.json wants {count} ({expected})")
 

@@ -6,6 +6,7 @@ next observation, as in OpenVLA-OFT's protocol. `python rollout.py FD` is what `
 A simulator is one file in this folder, named in SIMULATORS of eval.py. Nothing else knows it. LIBERO is sim.py. It has
 
     CAMERAS                  names of its cameras (those of the data sets that it can evaluate), a tuple or dict
+    EMBODIMENT               name of the robot, as the descriptions of data sets call it
     ACTION_SIZE              A, the length of an action
     PROPRIO_SIZE             N, the length of the proprio
     SETTLE_STEPS             steps without motion that objects need to come to rest (for --replay)
@@ -59,15 +60,15 @@ HEADER = 44  # pixels, height of the text above a video
 # One episode
 
 
-def encode_jpeg(frame, size, **options):
-    """Return a camera frame as it is stored, in demonstrations and in evaluation alike: JPEG bytes.
+def encode_image(frame, size, format="JPEG", **options):
+    """Return a camera frame as it is stored, in demonstrations and in evaluation alike: the bytes of a file.
 
-    frame: u8 [h, w, 3] -> Lanczos to size x size -> JPEG. options: Pillow's, quality=85 or the qtables=... and
+    frame: u8 [h, w, 3] -> Lanczos to size x size -> JPEG or PNG. options: Pillow's, quality=85 or the qtables=... and
     subsampling=... of a data set.
     """
     image = Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -116,8 +117,8 @@ def policy_observation(sim, cameras, blind=False):
     if blind:
         return [np.zeros((stored["size"], stored["size"], 3), np.uint8) for stored in cameras.values()], sim.proprio()
     frames = sim.observe()
-    jpegs = [encode_jpeg(frames[name], **stored) for name, stored in cameras.items()]
-    return [np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs], sim.proprio()
+    files = [encode_image(frames[name], **stored) for name, stored in cameras.items()]
+    return [np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in files], sim.proprio()
 
 
 def go_to_start(sim, episode, render):

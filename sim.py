@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+EMBODIMENT = "libero"
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}  # RLDS key -> MuJoCo camera
 MAX_STEPS = {
     "libero_spatial": 220,

@@ -1,23 +1,28 @@
 """The training targets of latent action supervision: image-based labels and action tokenizers, loaded and checked.
 
-Labels come from a file that label.py wrote, or from the data's own columns `latent_idx` and `latent_z`, as in the RLDS
-release of "From Pixels to Tokens" (arXiv 2605.04678). Action codes are computed by the tokenizer, batch by batch.
+Labels come from a file that label.py wrote, or from features of the data that its description names, as `latent_idx`
+and `latent_z` of the RLDS release of "From Pixels to Tokens" (arXiv 2605.04678). Action codes are computed by the
+tokenizer, batch by batch.
 Left out: the latent models themselves (latent.py) and the losses on these targets (model.py).
 
 Axes: S steps of a data set, B batch, H chunk steps, P codes per step, d width of a code.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import load_tensors
+from dataspec import to_dict
+from files import locate_tensors
+from index import Column
 from latent import load_tokenizer
+from normalise import Normaliser
 
-RELEASE_NUM_CODES = 16  # codebook size behind `latent_idx` in the RLDS release of the paper
+CHECKED_AT_ONCE = 1 << 16  # steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,8 +33,8 @@ RELEASE_NUM_CODES = 16  # codebook size behind `latent_idx` in the RLDS release 
 class Labels:
     """Image-based latent actions of every step, between it and the step `delta` later: codes and vectors."""
 
-    codes: np.ndarray  # integers or whole floats [S, P]
-    vectors: np.ndarray  # floats [S, P, d]
+    codes: Column  # integers or whole floats [S, P], or an array
+    vectors: Column  # floats [S, P, d], or an array
     delta: int
     num_codes: int
     quantised: bool  # vectors are codebook rows, not the encoder's continuous output
@@ -41,138 +46,198 @@ class Labels:
         return self.vectors.shape[2]
 
 
-def label_path(index, data):
-    """Return the default label file of `index`: in the folder `data` if it exists there, else in the cache."""
+def label_path(dataset, data):
+    """Return the default label file of a data set: in the folder `data` if it exists there, else in the cache."""
     shipped = Path(data) / "labels.safetensors"
-    return shipped if shipped.exists() else index.cache / "labels.safetensors"
+    return shipped if shipped.exists() else dataset.cache / "labels.safetensors"
 
 
-def load_labels(index, path, delta=0):
-    """Return the `Labels` in the file `path`, else those in the data's own columns, else None.
+def load_labels(dataset, path, delta=0):
+    """Return the `Labels` in the file `path`, else those in the data's own features, else None.
 
     delta: the expected number of steps between the two frames of a latent action, 0 for any. Data with its own labels
-    does not store it, so it must be given there. Raises ValueError for a damaged file, labels of other data, or another
-    delta.
+    must state it, here or in its description. Raises ValueError for a damaged file, labels of other data, another
+    delta, or codes and vectors that cannot be what they should.
     """
     path = Path(path)
     if path.exists():
-        return _labels_from_file(index, path, delta)
-    if "latent_idx" in index.columns:
-        return _labels_from_columns(index, delta)
+        return _labels_from_file(dataset, path, delta)
+    if dataset.spec.latents:
+        return _labels_from_features(dataset, delta)
     return None
 
 
-def _labels_from_file(index, path, delta):
-    remedy = f"Make them again: python label.py --data {index.directory} --lam DIR --out {path}"
+def _labels_from_file(dataset, path, delta):
+    remedy = f"Make them again: python label.py --data {dataset.directory} --lam DIR --out {path}"
     try:
-        tensors, info = load_tensors(path)
-        codes = tensors["codes"].numpy()
-        vectors = tensors["vectors"].numpy()
+        places, info = locate_tensors(path)
+        codes = Column(path, *places["codes"])
+        vectors = Column(path, *places["vectors"])
         labels = Labels(codes, vectors, int(info["delta"]), int(info["num_codes"]), False, info["lam"])
         labelled = info["data"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds no labels: {error}. {remedy}") from error
-    if labelled != index.fingerprint:
+    if labelled != dataset.fingerprint:
         raise ValueError(
-            f"{path} labels the data set with fingerprint {labelled}, but {index.directory} has {index.fingerprint}. "
-            f"{remedy}"
+            f"{path} labels the data set with fingerprint {labelled}, but {dataset.directory} has "
+            f"{dataset.fingerprint}. {remedy}"
         )
-    if not len(codes) == len(vectors) == len(index):
-        raise ValueError(f"{path} labels {len(codes)} steps, not {len(index)}. {remedy}")
+    _check_labels(labels, path, remedy)
+    if len(codes) != len(dataset):
+        raise ValueError(f"{path} labels {len(codes)} steps, not {len(dataset)}. {remedy}")
     if delta and labels.delta != delta:
         raise ValueError(f"{path} was made with delta {labels.delta}, but --delta is {delta}")
     return labels
 
 
-def _labels_from_columns(index, delta):
+def _labels_from_features(dataset, delta):
+    latents = dataset.spec.latents
+    delta = delta or latents.get("delta", 0)
     if not delta:
-        raise ValueError(f"{index.name} carries latent_idx but not its horizon; state it (paper's release: --delta 11)")
-    codes = index.columns["latent_idx"]
-    vectors = index.columns["latent_z"].reshape(*codes.shape, -1)
-    return Labels(codes, vectors, delta, RELEASE_NUM_CODES, True, "rlds")
+        raise ValueError(
+            f"{dataset.name} carries {latents['codes']} but not its horizon; state it (paper's release: --delta 11)"
+        )
+    codes, vectors = (dataset.index.columns[latents[name]] for name in ("codes", "vectors"))
+    count, width = (math.prod(column.shape[1:]) for column in (codes, vectors))  # P and P * d
+    if width % count:
+        raise ValueError(
+            f"{dataset.name}: {latents['vectors']} has {width} numbers a step, which the {count} codes of "
+            f"{latents['codes']} do not divide"
+        )
+    codes = codes.reshape(len(dataset), count)  # [S, P]
+    vectors = vectors.reshape(len(dataset), count, width // count)  # [S, P, d]
+    num_codes, quantised = latents.get("num_codes", 16), latents.get("quantised", True)
+    labels = Labels(codes, vectors, delta, num_codes, quantised, "stored in the data")
+    remedy = f"Correct {latents['codes']} and {latents['vectors']}, or what the description says of them."
+    _check_labels(labels, f"{dataset.name}, {latents['codes']}", remedy)
+    return labels
+
+
+def _check_labels(labels, source, remedy):
+    """Raise ValueError unless codes are whole numbers from 0 to K - 1, and vectors finite with one for each code."""
+    codes, vectors = labels.codes, labels.vectors
+    if codes.ndim != 2 or vectors.ndim != 3 or codes.shape != vectors.shape[:2] or 0 in vectors.shape:
+        raise ValueError(
+            f"{source}: codes have the shape {codes.shape} and vectors {vectors.shape}; they must be [steps, P] and "
+            f"[steps, P, d]. {remedy}"
+        )
+    if labels.delta < 1:
+        raise ValueError(f"{source}: delta is {labels.delta}; it must be at least 1. {remedy}")
+    for start in range(0, len(codes), CHECKED_AT_ONCE):
+        part = np.asarray(codes[start : start + CHECKED_AT_ONCE])
+        low, high = part.min(), part.max()
+        whole = (part == np.floor(part)).all()
+        if not whole or low < 0 or high >= labels.num_codes:
+            counted = "" if whole else ", not all whole"
+            if low >= 1 and high == labels.num_codes:
+                counted += " (counted from 1?)"
+            raise ValueError(
+                f"{source}: codes go from {low:g} to {high:g}{counted}; they must be whole numbers from 0 to "
+                f"{labels.num_codes - 1}. {remedy}"
+            )
+        finite = np.isfinite(vectors[start : start + CHECKED_AT_ONCE]).all((1, 2))
+        if not finite.all():
+            raise ValueError(f"{source}: the vector of step {start + np.argmin(finite)} is not finite. {remedy}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The targets of a training run
 
 
-def load_targets(target, config, indices, stats):
+def load_targets(variant, config, datasets, chunk):
     """Return (list of `Labels`, one per data set, or None; `ActionTokenizer` or None): the targets of the latent loss.
 
-    target: the variant's kind of latent target, "image", "action" or "" for none; config: that of train.py; stats: one
-    `statistics` per index. Raises FileNotFoundError with the command that makes what is missing, and ValueError where
-    labels or tokenizer do not fit the data or the config.
+    variant: a row of `model.VARIANTS`; config: that of train.py; chunk: H. Raises FileNotFoundError with the command
+    that makes what is missing, and ValueError where labels or tokenizer do not fit the data or the config.
     """
-    if not target:
+    if variant.target == "":
         return None, None
-    if target == "action":
-        return None, _load_tokenizer(config, indices, stats)
-    labels = [_load_labels(config, number, index) for number, index in enumerate(indices)]
-    sources = {(each.delta, each.fingerprint, each.num_codes) for each in labels}
+    if variant.target == "action":
+        return None, _load_tokenizer(config, datasets, chunk)
+    reads_vectors = variant.loss != "codes" or config.continuous
+    labels = [_load_labels(config, number, dataset, reads_vectors) for number, dataset in enumerate(datasets)]
+    sources = {(each.delta, each.fingerprint, each.num_codes, *each.vectors.shape[1:]) for each in labels}
     if len(sources) > 1:
         raise ValueError(
-            f"the labels of these data sets come from different latent models (delta, fingerprint, codes): {sources}"
+            "the labels of these data sets come from different latent models (delta, fingerprint, codes, codes a step, "
+            f"their width): {sources}"
         )
     return labels, None
 
 
-def _load_labels(config, number, index):
+def _load_labels(config, number, dataset, reads_vectors):
     """Return the `Labels` of data set `number`. A label file that the config names must exist."""
     data = config.data[number]
-    path = config.labels[number] if config.labels else label_path(index, data)
+    path = config.labels[number] if config.labels else label_path(dataset, data)
     labels = None
     if path.exists() or not config.labels:
-        labels = load_labels(index, path, config.delta)
+        labels = load_labels(dataset, path, config.delta)
     if labels is None:
         raise FileNotFoundError(
             f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
             f"python train_latent.py lam --data {data} --out runs/lam && "
             f"python label.py --data {data} --lam runs/lam --out {path}"
         )
-    reads_vectors = config.variant == "la_align" or config.continuous
     if reads_vectors and labels.quantised != (config.align_target == "quantised"):
         raise ValueError(
-            f"the labels of {index.name} hold {'quantised' if labels.quantised else 'continuous'} vectors, "
+            f"the labels of {dataset.name} hold {'quantised' if labels.quantised else 'continuous'} vectors, "
             f"but align_target is '{config.align_target}'"
         )
     return labels
 
 
-def _load_tokenizer(config, indices, stats):
+def _load_tokenizer(config, datasets, chunk):
     """Return the action tokenizer. Raises ValueError unless it has the sizes and the action statistics of the run."""
     folder = Path(config.tokenizer or config.data[0] / "tokenizer")
+    data = " ".join(map(str, config.data))
     if not folder.exists():
         raise FileNotFoundError(
             f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
-            f"python train_latent.py tokenizer --data {config.data[0]} --out {folder}"
+            f"python train_latent.py tokenizer --data {data} --out {folder}"
         )
     tokenizer = load_tokenizer(folder)
-    expected = {"chunk": config.chunk, "action_size": indices[0].columns["action"].shape[1]}
-    stored = {name: tokenizer.config[name] for name in expected}
-    if stored != expected:
+    expected = {"chunk": chunk, "action_sizes": action_sizes(datasets)}
+    names = tokenizer.config.get("embodiments") or expected["action_sizes"]  # of one embodiment the name is not stored
+    stored = {"chunk": tokenizer.config["chunk"], "action_sizes": dict(zip(names, tokenizer.action_sizes))}
+    if stored != expected or list(stored["action_sizes"]) != list(expected["action_sizes"]):
         raise ValueError(
             f"the action tokenizer in {folder} is for {stored}, but this run has {expected}; train one for it"
         )
     stored_stats = json.loads((folder / "dataset_statistics.json").read_text())
-    for index, expected_stats in zip(indices, stats):
-        if not _same_bounds(stored_stats.get(index.name, {}).get("action"), expected_stats["action"]):
+    entries = {entry["name"]: entry for entry in json.loads((folder / "config.json").read_text())["data"]}
+    for dataset in datasets:
+        spec = entries.get(dataset.name, {}).get("spec", {})
+        if spec and spec.get("grippers", []) != to_dict(dataset.spec).get("grippers", []):
             raise ValueError(
-                f"the action tokenizer in {folder} was trained on {list(stored_stats)}, not on {index.name} with these "
-                f"statistics. Make one: python train_latent.py tokenizer --data {index.directory} --out DIR"
+                f"the action tokenizer in {folder} was trained on {dataset.name} with the grippers "
+                f"{spec.get('grippers', [])}, now described as {to_dict(dataset.spec).get('grippers', [])}"
+            )
+        if not _same_bounds(stored_stats.get(dataset.name, {}).get("action"), dataset.stats["action"]):
+            raise ValueError(
+                f"the action tokenizer in {folder} was trained on {list(stored_stats)}, not on {dataset.name} with "
+                f"these statistics. Make one: python train_latent.py tokenizer --data {data} --out DIR"
             )
     return tokenizer
 
 
+def action_sizes(datasets):
+    """Return {embodiment: action size}, in order of first appearance; data without actions does not count."""
+    return {each.spec.embodiment: each.action_size for each in datasets if each.action_size}
+
+
 def _same_bounds(stats, expected):
     """Return whether two statistics of actions normalise alike, to rounding; the first may be missing."""
-    return bool(stats) and all(np.allclose(stats[name], expected[name], rtol=1e-5) for name in ("q01", "q99"))
+    if not stats or len(stats["q01"]) != len(expected["q01"]):
+        return False
+    first, second = Normaliser(stats), Normaliser(expected)
+    return bool(np.allclose(first.low, second.low, rtol=1e-5) and np.allclose(first.range, second.range, rtol=1e-5))
 
 
 @torch.no_grad()
 def add_action_codes(batch, tokenizer):
     """Return `batch` with the codes i64 [B, H, 1] and vectors f32 [B, H, 1, d] of its chunks: the targets of la_tok.
 
-    batch: actions f32 [B, H, A] normalised and valid bool [B, H]; tokenizer: an `ActionTokenizer`.
+    batch: actions f32 [B, H, A] normalised, valid bool [B, H] and embodiment i64 [B]; tokenizer: an `ActionTokenizer`.
     """
-    codes, vectors = tokenizer.encode(batch["actions"], batch["valid"])
+    codes, vectors = tokenizer.encode(batch["actions"], batch["valid"], batch["embodiment"])
     return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}

@@ -1,4 +1,4 @@
-"""Train one of the five variants on RLDS data.
+"""Train one of the five variants.
 
     python train.py --variant la_align                                     # embedded data, tiny backbone, a laptop
     torchrun --standalone train.py --variant la_direct                     # the same through torchrun
@@ -12,13 +12,10 @@ per step) and training-<step>.safetensors (what --resume needs). The global batc
 (seed, step), so one process, n processes and any accumulation train alike, to rounding.
 """
 
-import json
 import math
 import os
-import sys
-import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,17 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from backbone import base_hash, prompt_ids, text_tokenizer
-from batches import ActionChunks, StepBatchSampler
-from checkpoint import (
-    prepare_run,
-    restore_training,
-    save_tensors,
-    save_training,
-    to_json,
-    trainable_tensors,
-    write_json,
-)
+from batches import StepBatchSampler
+from checkpoint import restore_training, save_training, trainable_tensors
 from common import (
     Log,
     Meter,
@@ -47,7 +35,6 @@ from common import (
     catch_sigterm,
     check_bf16_support,
     distribute,
-    git_commit,
     init_distributed,
     learning_rate,
     parameter_groups,
@@ -57,12 +44,11 @@ from common import (
     to_device,
     worker_options,
 )
-from data import open_indices
-from index import CACHE, episode_steps, split_episodes
-from model import ACTION_LOSSES, VARIANTS, VLA, ModelConfig
-from normalise import statistics, statistics_hash
-from targets import add_action_codes, load_targets
-from tiny import SIZES
+from files import save_tensors
+from index import CACHE
+from model import ACTION_LOSSES, VARIANTS
+from prepare import prepare
+from targets import add_action_codes
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
 FREE_TO_CHANGE = set(
@@ -77,9 +63,19 @@ class Config:
     variant: Literal[*VARIANTS] = "la_align"
     """which of the paper's five models"""
     data: tuple[Path, ...] = (Path("data/libero_tiny"),)
-    """RLDS data sets, one folder each"""
+    """data sets, one folder each: RLDS, LeRobot, or MP4 files"""
+    spec: tuple[str, ...] = ()
+    """description of each data set: a JSON file or a preset's name (default: spec.json beside it, or what fits)"""
     data_weights: tuple[float, ...] = ()
     """how often each data set's samples occur in an epoch (default: once)"""
+    data_fraction: float = 1.0
+    """share of each instruction's training episodes that keep their actions, at least one unless 0"""
+    episodes: int = 0
+    """instead, the number of each instruction's training episodes that keep their actions (default: all)"""
+    rest: Literal["drop", "video"] = "drop"
+    """the other episodes: left out, or used as video without actions, which trains the latent losses alone"""
+    rest_weight: float = 1.0
+    """how often each step of that video occurs in an epoch"""
     out: str = ""
     """folder of the run (default: runs/<variant>-<time>)"""
     resume: bool = False
@@ -110,13 +106,13 @@ class Config:
     image_size: int = 0
     """side of the images that the backbone sees (default: as stored, rounded down to a multiple of 32)"""
     cameras: tuple[str, ...] = ()
-    """image features to use, in this order (default: all)"""
+    """cameras to use, in this order, by their names in the description (default: all)"""
     use_wrist_image: bool = True
     """with the default cameras: keep those with 'wrist' in their name"""
     use_proprio: bool = True
     """give the head the proprioceptive state"""
-    chunk: int = 8
-    """actions predicted at once"""
+    chunk: int = 0
+    """actions predicted at once (default: what the description of the data says, else 8)"""
     text_length: int = 0
     """tokens reserved for an instruction (default: the longest of the data, rounded up to a multiple of 8)"""
     head_width: int = 0
@@ -191,127 +187,26 @@ def check(config, world):
             f"per_device_batch_size is {config.per_device_batch_size}; "
             f"it must divide the {int(shares)} samples of each process"
         )
-    positive = "max_steps save_every val_every chunk placeholders_per_step lr_decay_every keep max_skipped timeout"
+    positive = "max_steps save_every val_every placeholders_per_step lr_decay_every keep max_skipped timeout"
     for name in positive.split():
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("data_weights", "labels"):
+    for name in ("data_weights", "labels", "spec"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
+    for name in ("chunk", "episodes", "rest_weight"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
+    if not 0 <= config.data_fraction <= 1:
+        raise ValueError(f"data_fraction is {config.data_fraction}; it must be from 0 to 1")
+    if config.episodes and config.data_fraction < 1:
+        raise ValueError(f"both episodes ({config.episodes}) and data_fraction ({config.data_fraction}) are given")
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
     if config.resume and not config.out:
         raise ValueError("resume is set but out is not: say which run to continue with --out")
     if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
-
-
-def choose_cameras(config, index):
-    """Return the camera names in order: as asked for, else the main one first and, unless switched off, the wrist's."""
-    if config.cameras:
-        return list(config.cameras)
-    names = sorted(index.cameras, key=lambda name: ("wrist" in name, name))
-    return [name for name in names if config.use_wrist_image or "wrist" not in name]
-
-
-def make_model_config(config, indices, cameras, labels, tokenizer):
-    """Return the `ModelConfig` of a run: sizes from the data and the latent targets, the rest from the command line."""
-    target = tokenizer or (labels[0] if labels else None)
-    stored_size = indices[0].image(cameras[0], 0).shape[0]
-    words = text_tokenizer(config.backbone)
-    texts = {text for index in indices for text in index.instructions}
-    longest = max(len(prompt_ids(words, text, config.chunk)) for text in texts)
-    return ModelConfig(
-        variant=config.variant,
-        backbone=config.backbone,
-        cameras=len(cameras),
-        image_size=config.image_size or stored_size // 32 * 32,
-        text_length=config.text_length or (longest + 7) // 8 * 8,
-        chunk=config.chunk,
-        action_size=indices[0].columns["action"].shape[1],
-        proprio_size=indices[0].columns["state"].shape[1] if config.use_proprio else 0,
-        codes_per_step=labels[0].codes.shape[1] if labels else 1,
-        num_codes=target.num_codes if target else 0,
-        code_dim=target.dim if target else 0,
-        action_loss=config.loss,
-        continuous=config.continuous,
-        align_layer=config.align_layer,
-        placeholders_per_step=config.placeholders_per_step,
-        latent_weight=config.latent_weight,
-        tuning=config.tuning,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_targets=config.lora_targets,
-        head_width=config.head_width,
-        gate=1.0 if config.backbone in SIZES else 0.0,  # a random backbone learns slower when images are gated off
-    )
-
-
-def describe_data(index, cameras, stats):
-    """Return what evaluation must know of a data set: statistics, how images were stored, where episodes start."""
-    entry = {
-        "name": index.name,
-        "fingerprint": index.fingerprint,
-        "statistics": statistics_hash(stats),
-        "instructions": sorted(set(index.instructions)),
-        "cameras": {camera: index.storage_options(camera) for camera in cameras},
-    }
-    if "suite" in index.metadata:  # made by demos.py
-        metadata = index.metadata
-        entry["suite"] = metadata["suite"][0]
-        entry["tasks"] = sorted(set(metadata["task"]))
-        entry["widen"] = round(metadata["widen"][0], 6)
-        entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
-    note = index.directory.parent / "expert.json"
-    if note.exists():
-        entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
-    return entry
-
-
-@dataclass
-class Setup:
-    """What the loop needs."""
-
-    dataset: ActionChunks
-    held_out: list  # of each data set the steps i64 [n] of its held-out episodes
-    vla: VLA
-    tokenizer: nn.Module | None  # the action tokenizer, for la_tok
-    run: Path
-    resuming: bool
-    description: dict  # the content of config.json
-
-
-def prepare(config, ranks):
-    """Open data and targets, build the model, create the run folder or find the run to resume; return `Setup`."""
-    check(config, ranks.world)
-    indices = open_indices(config.data, config.cache)
-    cameras = choose_cameras(config, indices[0])
-    stats = [statistics(index) for index in indices]
-    labels, tokenizer = load_targets(VARIANTS[config.variant].target, config, indices, stats)
-    splits = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
-    episodes = [training for training, _ in splits]
-    dataset = ActionChunks(indices, stats, cameras, config.chunk, config.seed, labels, config.data_weights, episodes)
-    held_out = [episode_steps(index, held) for index, (_, held) in zip(indices, splits)]
-    torch.manual_seed(config.seed)
-    vla = VLA(make_model_config(config, indices, cameras, labels, tokenizer)).to(ranks.device)
-    for index in indices:
-        vla.backbone.tokenise(set(index.instructions))  # raises, before a folder is made, when one is too long
-    description = {
-        "train": to_json(config),
-        "model": asdict(vla.config),
-        "base_hash": base_hash(vla),
-        "data": [describe_data(index, cameras, own) for index, own in zip(indices, stats)],
-        "targets": [{"fingerprint": part.fingerprint, "delta": part.delta} for part in labels or []],
-        "command": sys.argv,
-        "commit": git_commit(),
-        "torch": torch.__version__,
-    }
-    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
-    resuming = prepare_run(run, config.resume, ranks.main, description, "train", FREE_TO_CHANGE)
-    if ranks.main:
-        write_json(run / "dataset_statistics.json", {index.name: own for index, own in zip(indices, stats)})
-    tokenizer = tokenizer.to(ranks.device) if tokenizer else None
-    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,22 +227,48 @@ def prepare_batch(batch, tokenizer, image_aug, device):
 def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     """Return the mean absolute error of normalised actions on an even choice of held-out steps, over all processes.
 
-    Never compiled: its batches have other sizes than those of training.
+    held_out: list of (number of the source, `EpisodeSteps`). Never compiled: its batches have other sizes than those of
+    training.
     """
-    steps = [(number, int(step)) for number, chosen in enumerate(held_out) for step in chosen]
-    steps = steps[:: max(1, len(steps) // samples)][ranks.rank :: ranks.world]
+    stride = max(1, sum(len(steps) for _, steps in held_out) // samples)
+    places = []
+    before = 0  # steps of the sources before
+    for number, steps in held_out:
+        places += [(number, steps[k]) for k in range(-before % stride, len(steps), stride)]
+        before += len(steps)
+    places = places[ranks.rank :: ranks.world]
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # error, number of values
     vla.eval()
-    for at in range(0, len(steps), batch_size):
-        batch = default_collate([dataset.sample(*place) for place in steps[at : at + batch_size]])
+    for at in range(0, len(places), batch_size):
+        batch = default_collate([dataset.sample(*place) for place in places[at : at + batch_size]])
         batch = to_device(batch, ranks.device)
         with torch.compiler.set_stance("force_eager"):
             actions, _ = vla.predict(batch)
-        error = (actions - batch["actions"]).abs() * batch["valid"][:, :, None]
-        total += torch.stack([error.sum(), batch["valid"].sum() * error.shape[2]])
+        counted = batch["valid"][:, :, None] * (batch["action_weight"] > 0)[:, None]  # [B, H, A]
+        error = (actions - batch["actions"]).abs() * counted
+        total += torch.stack([error.sum(), counted.sum()])
     vla.train()
     total = all_sum(total)
     return (total[0] / total[1]).item()
+
+
+def add_losses(totals, losses, sources, names, accumulation):
+    """Add the losses of a micro-batch to `totals`, {"means": {name: tensor}, "sums": {name: [numerator, denominator]}}.
+
+    losses: of `VLA.forward`; sources: i64 [B]; names: of the sources. With several sources, each one's losses are
+    averaged over its own samples.
+    """
+    sums = losses.pop("sums")
+    samples = losses.pop("samples")
+    if len(names) > 1:
+        chosen = torch.nn.functional.one_hot(sources, len(names)).float()  # [B, sources]
+        for kind, values in samples.items():
+            parts = torch.stack([values @ chosen, chosen.sum(0)])  # [2, sources]
+            sums |= {f"{kind}/{name}": part for name, part in zip(names, parts.T)}
+    for name, value in losses.items():
+        totals["means"][name] = totals["means"].get(name, 0) + value.detach() / accumulation
+    for name, value in sums.items():
+        totals["sums"][name] = totals["sums"].get(name, 0) + value.detach()
 
 
 def write_log(log, pending, stop):
@@ -355,17 +276,25 @@ def write_log(log, pending, stop):
 
     Return the lines, whether any process wants to `stop`, and the samples/s that all agree on. Empties `pending`.
     """
-    names = list(pending[0]["losses"])
-    values = torch.stack([torch.stack([entry["losses"][name].float() for name in names]) for entry in pending])
+    means = list(pending[0]["totals"]["means"])
+    sums = list(pending[0]["totals"]["sums"])
+    rows = []
+    for entry in pending:
+        totals = entry["totals"]
+        parts = [totals["means"][name].float()[None] for name in means] + [totals["sums"][name] for name in sums]
+        rows.append(torch.cat(parts))
+    values = torch.stack(rows)  # [updates, means + 2 sums]
     shared = values.new_tensor([float(stop), pending[-1]["samples_per_s"]]).expand(len(pending), 2)
-    means = all_mean(torch.cat([values, shared], 1)).tolist()  # [updates, losses + 2]
+    values = all_mean(torch.cat([values, shared], 1)).tolist()
     entries = []
-    for entry, row in zip(pending, means):
-        losses = dict(zip(names, row))
-        entries.append({name: value for name, value in entry.items() if name != "losses"} | losses)
+    for entry, row in zip(pending, values):
+        losses = dict(zip(means, row))
+        pairs = zip(row[len(means) : -2 : 2], row[len(means) + 1 : -2 : 2])
+        losses |= {name: above / below for name, (above, below) in zip(sums, pairs) if below}
+        entries.append({name: value for name, value in entry.items() if name != "totals"} | losses)
         log.write(**entries[-1])
     pending.clear()
-    return entries, means[-1][-2] > 0, means[-1][-1]
+    return entries, values[-1][-2] > 0, values[-1][-1]
 
 
 def count_skipped(entries, skipped, config, setup):
@@ -411,7 +340,8 @@ def main(config):
     cuda = ranks.device.type == "cuda"
     if cuda:
         check_bf16_support(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    setup = prepare(config, ranks)
+    check(config, ranks.world)
+    setup = prepare(config, ranks, FREE_TO_CHANGE)
     vla, dataset, run = setup.vla, setup.dataset, setup.run
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
     first = restore_training(run, vla, optimizer) if setup.resuming else 0
@@ -450,7 +380,7 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        totals = {}
+        totals = {"means": {}, "sums": {}}
         for part in range(accumulation):
             batch = prepare_batch(next(batches), setup.tokenizer, config.image_aug, ranks.device)
             last_part = part == accumulation - 1
@@ -458,18 +388,19 @@ def main(config):
                 losses = ddp(batch)
                 spread = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
                 (losses["loss"] * spread / accumulation).backward()
-            totals = {name: totals.get(name, 0) + value.detach() / accumulation for name, value in losses.items()}
+            add_losses(totals, losses, batch["source"], dataset.source_names, accumulation)
 
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
-        totals["skipped"] = (~totals["grad_norm"].isfinite()).float()
-        optimizer.found_inf = totals["skipped"]  # when 1, step() changes nothing
+        means = totals["means"]
+        means["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
+        means["skipped"] = (~means["grad_norm"].isfinite()).float()
+        optimizer.found_inf = means["skipped"]  # when 1, step() changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         speed = meter.tick(config.global_batch_size)
-        pending.append({"step": step, "lr": lr, "samples_per_s": speed, "losses": totals})
-        validating = any(map(len, setup.held_out)) and (done % config.val_every == 0 or done == steps)
+        pending.append({"step": step, "lr": lr, "samples_per_s": speed, "totals": totals})
+        validating = bool(setup.held_out) and (done % config.val_every == 0 or done == steps)
         if validating:
             pending[-1]["val_action_l1"] = validate(vla, dataset, setup.held_out, ranks)
         saving = done % config.save_every == 0 or done == steps

@@ -3,15 +3,16 @@
     python train_latent.py lam --stage 1 --data data/libero_tiny --out runs/lam1                           # 3 minutes
     python train_latent.py lam --stage 2 --init-from runs/lam1 --data data/libero_tiny --out runs/lam      # 3 minutes
     python label.py --data data/libero_tiny --lam runs/lam --out runs/labels.safetensors                   # 5 seconds
-    python train_latent.py tokenizer --data data/libero_tiny --out runs/tokenizer --chunk 8                # 1.5 minutes
+    python train_latent.py tokenizer --data data/libero_tiny --out runs/tokenizer                          # 1.5 minutes
     torchrun --nproc-per-node 8 train_latent.py lam --stage 1 --data DIR --out runs/lam1 --features DINOV2 --text T5 \\
         --image-size 224 --width 768 --num-blocks 12 --heads 12 --code-dim 128                       # the paper's size
     python train_latent.py lam --stage 2 --init-from FILE.ckpt --max-steps 0 --no-predict-change --no-centre \\
         --data DIR --out runs/univla --features DINOV2 --image-size 224 --width 768 --num-blocks 12 --heads 12 \\
         --code-dim 128                                                       # a checkpoint of UniVLA, to label with
 
-Implements the training of the latent actions in arXiv 2605.04678 (image-based: after UniVLA, arXiv 2505.06111). Leaves
-out gradient accumulation and early stopping.
+Implements the training of the latent actions in arXiv 2605.04678 (image-based: after UniVLA, arXiv 2505.06111). Data
+sets of several embodiments train one model together; an image-based model also learns from video without actions.
+Leaves out gradient accumulation and early stopping.
 
 Which stage when. Stage 1 gets the instruction, so its codes hold what the instruction leaves open: the camera, the
 background, other people. Stage 2 keeps that codebook, gets no text, and puts what the task changes into codes of its
@@ -19,12 +20,13 @@ own; label with these. Stage 0, one model without text, takes half the time and 
 the robot. Train until the reconstruction loss in log.jsonl no longer falls (the embedded data: 1 000 updates; UniVLA's
 stage 1: 100 000), then check with probe.py whether the codes are good enough; it lists good values.
 
-Axes: B batch, H chunk steps, A action size, P codes per step, N vectors of a batch, S steps of a data set.
+Axes: B batch, H chunk steps, A action size (of several embodiments: the largest), P codes per step, N vectors of a
+batch.
 """
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from batches import ShuffledSteps, StepBatchSampler, action_chunk
-from checkpoint import load_tensors_into, prepare_run, restore_training, save_training, to_json, write_json
+from batches import ShuffledSteps, Source, StepBatchSampler, action_chunk, chunk_steps, pad
+from checkpoint import load_tensors_into, prepare_run, restore_training, save_training
 from common import (
     Log,
     Meter,
@@ -53,13 +55,16 @@ from common import (
     to_device,
     worker_options,
 )
-from data import open_indices
+from data import check_embodiments, choose_chunk, open_datasets
+from dataspec import to_dict
+from files import to_json, write_json
 from index import CACHE, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
     ActionTokenizer,
     LamSizes,
     LatentActionModel,
+    camera_name,
     check_frames,
     load_lam,
     model_tensors,
@@ -67,8 +72,8 @@ from latent import (
     source_fingerprint,
     text_states,
 )
-from normalise import normalise, standardise, statistics
 from quantiser import code_counts, code_usage, kmeans
+from targets import action_sizes
 from univla import UNIVLA_SETTINGS, univla_tensors
 
 MASK_RATIO = 0.15  # share of the latents that the tokenizer's consistency loss masks
@@ -85,25 +90,33 @@ FRAME_CACHE = 2**30  # bytes of decoded frames that stay in memory, over all dat
 class MaskedChunks(ShuffledSteps):
     """The training samples of an `ActionTokenizer`. Each item holds
 
-    actions   f32 [H, A] normalised
-    valid     bool [H], False past the end of the episode
-    masked    bool [H], the steps that the consistency loss masks, keyed by (seed, draw)
+    actions      f32 [H, A] normalised; 0 beyond the embodiment's own dimensions
+    valid        bool [H], False past the end of the episode
+    embodiment   i64 [], its number
+    masked       bool [H], the steps that the consistency loss masks, keyed by (seed, position)
     """
 
-    def __init__(self, indices, stats, chunk, seed=0, episodes=None):
-        """stats: one `statistics` per index; chunk: H; the rest as for `ShuffledSteps`."""
-        super().__init__(indices, seed, episodes=episodes)
+    def __init__(self, datasets, chunk, seed=0, sources=None):
+        """chunk: H; the rest as for `ShuffledSteps`. All data sets must have actions."""
+        super().__init__(datasets, seed, sources)
         self.chunk = chunk
-        self.actions = [normalised_actions(index, its_stats) for index, its_stats in zip(indices, stats, strict=True)]
+        self.action_sizes = action_sizes(datasets)
+        self.names = list(self.action_sizes)  # of the embodiments
 
     def __getitem__(self, position):
         draws = np.random.default_rng([self.seed, 3, position]).random(self.chunk)
         return super().__getitem__(position) | {"masked": torch.from_numpy(draws < MASK_RATIO)}
 
     def sample(self, number, step):
-        """Return the item at `step` of data set `number`, without its mask."""
-        actions, valid, _ = action_chunk(self.actions[number], self.indices[number].starts, step, self.chunk)
-        return {"actions": torch.from_numpy(actions), "valid": torch.from_numpy(valid)}
+        """Return the item at `step` of source `number`, without its mask."""
+        dataset = self.datasets[self.sources[number].dataset]
+        steps, valid = chunk_steps(dataset.starts, step, self.chunk)
+        actions = pad(action_chunk(dataset, steps, valid), max(self.action_sizes.values()))
+        return {
+            "actions": torch.from_numpy(actions),
+            "valid": torch.from_numpy(valid),
+            "embodiment": torch.tensor(self.names.index(dataset.spec.embodiment)),
+        }
 
 
 class FramePairs(ShuffledSteps):
@@ -111,88 +124,95 @@ class FramePairs(ShuffledSteps):
 
     frames            u8 [2, h, w, 3], o_t and o_{t+delta} (near the end: the episode's last), resized for the features
     text, text_mask   with `texts`: the instruction's states f32 [n, width], padded, and bool [n], False at padding
-    actions, valid    with an `action_size`: f32 [H, A] normalised, and bool [H], False past the end of the episode
-    weight            with an `action_size`: f32 [], of the sample in the action loss: 1 / action_fraction where the
-                      step is labelled, else 0
+
+    and, with an `action_fraction` and at least one data set that has actions
+
+    actions           f32 [H, A] normalised, of labelled samples; 0 beyond the embodiment's own dimensions
+    valid             bool [H], False past the end of the episode, and for samples that are not labelled
+    weight            f32 [], of the sample in the action loss: 1 / the expected share of labelled samples for these,
+                      else 0, so that neither that share nor video changes the scale of the loss
+    embodiment        i64 [], its number among those with actions; 0 for samples that are not labelled
     """
 
     def __init__(
         self,
-        indices,
-        stats,
+        datasets,
         model,
         texts=None,
-        chunk=8,
-        action_size=0,
-        action_fraction=0.05,
+        chunk=0,
+        action_fraction=0.0,
         cache_bytes=FRAME_CACHE,
         seed=0,
-        episodes=None,
+        sources=None,
     ):
         """Raise ValueError for a data set without the model's camera or with too short episodes.
 
-        stats: one `statistics` per index; texts: {instruction: states}, for stage 1; chunk: H; action_size: A, 0 for
-        items without actions; action_fraction: share of the steps that are labelled; cache_bytes: of decoded frames
-        that stay in memory; the rest as for `ShuffledSteps`.
+        texts: {instruction: states}, for stage 1; chunk: H; action_fraction: share of the steps with actions that are
+        labelled, 0 for items without actions; cache_bytes: of decoded frames that stay in memory; the rest as for
+        `ShuffledSteps`.
         """
-        super().__init__(indices, seed, episodes=episodes)
-        for index in indices:
-            check_frames(model.sizes, index)
+        super().__init__(datasets, seed, sources)
+        for dataset in datasets:
+            check_frames(model.sizes, dataset)
         self.model = model
+        self.cameras = [camera_name(model.sizes, dataset) for dataset in datasets]
         self.texts = texts
         self.text_length = max(map(len, texts.values())) if texts else 0
         self.chunk = chunk
-        self.action_size = action_size
         self.action_fraction = action_fraction
-        self.actions = [self._actions(index, its_stats) for index, its_stats in zip(indices, stats, strict=True)]
-        self.labelled = []  # for each data set bool [S], the steps whose actions count: the same in every epoch
-        for number, index in enumerate(indices):
-            draws = np.random.default_rng([self.seed, 4, number]).random(len(index))
-            self.labelled.append(draws < action_fraction)
+        self.action_sizes = action_sizes(datasets) if action_fraction else {}
+        self.names = list(self.action_sizes)  # of the embodiments
+        with_actions = sum(count for source, count in zip(self.sources, self.counts) if self._uses_actions(source))
+        self.labelled_share = action_fraction * with_actions / self.epoch_length  # of the samples
         frame_bytes = 3 * model.features.image_size**2
         self.frame = functools.lru_cache(cache_bytes // frame_bytes)(self.frame)
 
-    def _actions(self, index, stats):
-        """Return normalised actions f32 [S, A], or None when they are not wanted or the data set has none."""
-        if not self.action_size or "action" not in index.columns:
-            return None
-        return normalised_actions(index, stats)
+    def _uses_actions(self, source):
+        """Return whether the actions of a source are used; else it is video."""
+        return source.labelled and self.datasets[source.dataset].action_size > 0
 
     def frame(self, number, step):
         """Return the frame u8 [h, w, 3] at `step` of data set `number`, resized for the features."""
-        return self.model.features.resize(self.indices[number].image(self.model.sizes.camera, step))
+        return self.model.features.resize(self.datasets[number].image(self.cameras[number], step))
+
+    def labelled(self, source, step):
+        """Return whether the actions at a step of a `Source` count: the same in every epoch, by the seed."""
+        rng = np.random.default_rng([self.seed, 4, source.dataset, step])
+        return self._uses_actions(source) and rng.random() < self.action_fraction
 
     def sample(self, number, step):
-        """Return the item at `step` of data set `number`."""
-        index = self.indices[number]
-        later = int(later_steps(index, step, self.model.sizes.delta))
-        frames = np.stack([self.frame(number, step), self.frame(number, later)])
+        """Return the item at `step` of source `number`."""
+        source = self.sources[number]
+        dataset = self.datasets[source.dataset]
+        later = int(later_steps(dataset, step, self.model.sizes.delta))
+        frames = np.stack([self.frame(source.dataset, step), self.frame(source.dataset, later)])
         item = {"frames": torch.from_numpy(frames)}
         if self.texts:
-            states = self.texts[index.instructions[index.episode_of(step)]]
+            states = self.texts[dataset.instruction(step)]
             item["text"], item["text_mask"] = pad_text(states, self.text_length)
-        if self.action_size:
-            item |= self._labelled_actions(number, step)
+        if self.action_sizes:
+            item |= self._actions(source, step)
         return item
 
-    def _labelled_actions(self, number, step):
-        """Return the entries actions, valid and weight of an item; zeros for a data set without actions."""
-        actions = np.zeros((self.chunk, self.action_size), np.float32)
+    def _actions(self, source, step):
+        """Return the entries actions, valid, weight and embodiment of an item."""
+        size = max(self.action_sizes.values())
+        actions = np.zeros((self.chunk, size), np.float32)
         valid = np.zeros(self.chunk, bool)
-        if self.actions[number] is not None:
-            starts = self.indices[number].starts
-            actions, valid, _ = action_chunk(self.actions[number], starts, step, self.chunk)
-        weight = 1 / self.action_fraction if self.labelled[number][step] else 0.0
+        weight = 0.0
+        embodiment = 0
+        if self.labelled(source, step):
+            dataset = self.datasets[source.dataset]
+            steps, valid = chunk_steps(dataset.starts, step, self.chunk)
+            actions = pad(action_chunk(dataset, steps, valid), size)
+            weight = 1 / self.labelled_share
+            embodiment = self.names.index(dataset.spec.embodiment)
         return {
             "actions": torch.from_numpy(actions),
             "valid": torch.from_numpy(valid),
             "weight": torch.tensor(weight),
+            "embodiment": torch.tensor(embodiment),
         }
-
-
-def normalised_actions(index, stats):
-    """Return all actions of a data set, f32 [S, A], normalised by its `statistics`."""
-    return normalise(standardise(index.columns["action"]), stats["action"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,6 +257,8 @@ def check_architecture(sizes, settings, source):
     """Raise ValueError listing where a model of `sizes` cannot start from one with `settings` ({name: value})."""
     wanted = asdict(sizes)
     compared = ["heads", "predict_change", "centre", "camera", "image_size", "patch_size"]
+    if not (sizes.camera and settings.get("camera")):
+        compared.remove("camera")  # the data's main one: check_init_data compares it
     if (settings["stage"], sizes.stage) == (1, 2):
         compared.append("delta")
     else:
@@ -259,7 +281,9 @@ class Training:
     """Settings that both commands share."""
 
     data: list[Path]
-    """folders of RLDS data sets"""
+    """data sets, one folder each: RLDS, LeRobot, or MP4 files"""
+    spec: tuple[str, ...] = ()
+    """description of each data set: a JSON file or a preset's name (default: spec.json beside it, or what fits)"""
     out: Path
     """new folder for the model: config.json, model.safetensors, dataset_statistics.json, log.jsonl"""
     resume: bool = False
@@ -274,8 +298,8 @@ class Training:
     """peak learning rate: 5 % warm-up, then a cosine down to 1 %"""
     val_fraction: float = 0.1
     """share of the episodes that is held out and measured at the end"""
-    chunk: int = 8
-    """actions per chunk"""
+    chunk: int = 0
+    """actions per chunk (default: what the description of the data says, else 8)"""
     save_every: int = 1000
     """updates between saves"""
     keep: int = 2
@@ -318,15 +342,17 @@ FREE_TO_CHANGE = {"resume", "out", "data", "cache", "num_workers", "save_every",
 
 def check(config, world):
     """Raise ValueError for a setting that cannot work with `world` processes."""
-    names = "global_batch_size chunk delta num_codes code_dim codes_per_step num_blocks width image_size patch_size "
+    names = "global_batch_size delta num_codes code_dim codes_per_step num_blocks width image_size patch_size "
     names += "heads patience save_every keep timeout"
-    least = {name: 1 for name in names.split()}
+    least = {name: 1 for name in names.split()} | {"chunk": 0}
     least["max_steps"] = 0 if getattr(config, "init_from", None) else 1
     for name, value in least.items():
         if getattr(config, name, value) < value:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {value}")
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
+    if config.spec and len(config.spec) != len(config.data):
+        raise ValueError(f"spec has {len(config.spec)} entries for {len(config.data)} data sets")
     if config.global_batch_size % world:
         raise ValueError(f"global_batch_size is {config.global_batch_size}; {world} processes cannot share it equally")
     if isinstance(config, TokenizerTraining) and config.code_dim % 4:
@@ -350,14 +376,24 @@ def check_lam(config):
         )
 
 
-def check_split(config, indices):
-    """Raise ValueError when the model that `config` starts from was trained on episodes that are held out now."""
+def check_init_data(config, datasets):
+    """Raise ValueError when the model that `config` starts from saw episodes that are held out now, or other cameras.
+
+    A camera that is not named is each data set's main one.
+    """
     if not config.init_from.is_dir():
         return
     saved = json.loads((config.init_from / "config.json").read_text())
+    sizes = LamSizes(**saved["model"]["sizes"])
+    for dataset in datasets:
+        camera, saved_camera = camera_name(config, dataset), camera_name(sizes, dataset)
+        if camera != saved_camera:
+            raise ValueError(
+                f"camera of {dataset.name} is {camera}, but {config.init_from} was trained on {saved_camera}"
+            )
     split = config.val_fraction, config.seed
     saved_split = saved["training"]["val_fraction"], saved["training"]["seed"]
-    shared = {index.fingerprint for index in indices} & {entry["fingerprint"] for entry in saved["data"]}
+    shared = {dataset.fingerprint for dataset in datasets} & {entry["fingerprint"] for entry in saved["data"]}
     if shared and split != saved_split:
         raise ValueError(
             f"val_fraction and seed are {split}, but {config.init_from} was trained on the same data with "
@@ -369,59 +405,70 @@ def check_split(config, indices):
 # Training
 
 
-def build_lam(config, indices, stats, ranks):
-    """Return a `LatentActionModel` and a function (episodes of each data set) -> its `FramePairs`.
+def build_lam(config, datasets, ranks):
+    """Return a `LatentActionModel` and a function (list of `Source`) -> its `FramePairs`.
 
     Raises ValueError when the data or `config.init_from` does not fit.
     """
     sizes = LamSizes(**{field.name: getattr(config, field.name) for field in fields(LamSizes)})
     texts, text_size = None, 0
     if config.stage == 1:
-        instructions = [text for index in indices for text in index.instructions]
+        instructions = [text for dataset in datasets for text in dataset.instructions()]
         texts = text_states(config.text, instructions, ranks.device)
         text_size = next(iter(texts.values())).shape[1]
-    action_sizes = [index.columns["action"].shape[1] for index in indices if "action" in index.columns]
-    if len(set(action_sizes)) > 1:
-        raise ValueError(f"actions have sizes {action_sizes} in these data sets; they cannot be mixed")
-    with_head = config.stage != 1 and config.action_fraction > 0 and action_sizes
-    action_size = action_sizes[0] if with_head else 0
-    model = LatentActionModel(sizes, text_size, config.chunk * action_size, config.seed)
+    action_fraction = config.action_fraction if config.stage != 1 else 0.0
+    head_sizes = list(action_sizes(datasets).values()) if action_fraction else []
+    model = LatentActionModel(sizes, text_size, config.chunk, head_sizes, config.seed)
     if config.init_from:
         init_from_model(model, config.init_from)
-        check_split(config, indices)
+        check_init_data(config, datasets)
 
-    def make_samples(episodes):
+    def make_samples(sources):
         return FramePairs(
-            indices,
-            stats,
+            datasets,
             model,
             texts=texts,
             chunk=config.chunk,
-            action_size=action_size,
-            action_fraction=config.action_fraction,
+            action_fraction=action_fraction,
             cache_bytes=FRAME_CACHE // max(1, config.num_workers),
             seed=config.seed,
-            episodes=episodes,
+            sources=sources,
         )
 
     return model, make_samples
 
 
-def build_tokenizer(config, indices, stats, ranks):
-    """Return an `ActionTokenizer` and a function (episodes of each data set) -> its `MaskedChunks`.
+def build_tokenizer(config, datasets, ranks):
+    """Return an `ActionTokenizer` and a function (list of `Source`) -> its `MaskedChunks`.
 
     Raises ValueError for data without actions.
     """
-    for index in indices:
-        if "action" not in index.columns:
-            raise ValueError(f"{index.name} has no steps feature 'action', only {list(index.columns)}")
-    sizes = config.chunk, indices[0].columns["action"].shape[1], config.num_codes, config.code_dim
-    model = ActionTokenizer(*sizes, patience=config.patience, seed=config.seed)
+    for dataset in datasets:
+        if not dataset.action_size:
+            raise ValueError(
+                f"{dataset.name}, as described by {dataset.source}, has no actions; the action tokenizer needs them: "
+                "leave it out of --data, or name them in its description"
+            )
+    sizes = action_sizes(datasets)
+    model = ActionTokenizer(
+        config.chunk,
+        max(sizes.values()),
+        config.num_codes,
+        config.code_dim,
+        patience=config.patience,
+        seed=config.seed,
+        embodiments=sizes if len(sizes) > 1 else None,
+    )
 
-    def make_samples(episodes):
-        return MaskedChunks(indices, stats, config.chunk, config.seed, episodes)
+    def make_samples(sources):
+        return MaskedChunks(datasets, config.chunk, config.seed, sources)
 
     return model, make_samples
+
+
+def make_sources(episodes):
+    """Return a `Source` for each data set that has some episodes. episodes: of each data set their numbers i64 [n]"""
+    return [Source(number, chosen) for number, chosen in enumerate(episodes) if len(chosen)]
 
 
 @report_worker_failures
@@ -431,35 +478,40 @@ def train(config, ranks):
     Raises ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
     """
     check(config, ranks.world)
-    indices = open_indices(config.data, config.cache)
-    stats = [statistics(index) for index in indices]
+    datasets = open_datasets(config.data, config.cache, config.spec)
+    check_embodiments(datasets)
+    config = replace(config, chunk=choose_chunk(config.chunk, datasets))
+    stats = {dataset.name: dataset.stats for dataset in datasets}
     torch.manual_seed(config.seed)
     kind, build = ("lam", build_lam) if isinstance(config, LamTraining) else ("tokenizer", build_tokenizer)
-    model, make_samples = build(config, indices, stats, ranks)
-    split = [split_episodes(index, config.val_fraction, config.seed) for index in indices]
-    samples = {"training": make_samples([fitted for fitted, _ in split])}
-    if any(len(held_out) for _, held_out in split):
-        samples["held-out"] = make_samples([held_out for _, held_out in split])
-    description = describe_run(config, kind, model, indices)
+    model, make_samples = build(config, datasets, ranks)
+    split = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
+    samples = {"training": make_samples(make_sources([fitted for fitted, _ in split]))}
+    held_out = make_sources([held for _, held in split])
+    if held_out:
+        samples["held-out"] = make_samples(held_out)
+    description = describe_run(config, kind, model, datasets)
     resuming = prepare_run(config.out, config.resume, ranks.main, description, "training", FREE_TO_CHANGE)
     if ranks.main:
-        named_stats = {index.name: its_stats for index, its_stats in zip(indices, stats, strict=True)}
-        write_json(config.out / "dataset_statistics.json", named_stats)
+        write_json(config.out / "dataset_statistics.json", stats)
     if not run_training(model.to(ranks.device), samples["training"], config, ranks, resuming):
         print0(f"SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
         return
     report(config, kind, model, samples, ranks.device)
 
 
-def describe_run(config, kind, model, indices):
-    """Return what config.json holds: the model, its settings, and the fingerprints of the data and of `init_from`."""
+def describe_run(config, kind, model, datasets):
+    """Return what config.json holds: the model, its settings, what the data is, and the fingerprint of `init_from`."""
     source = getattr(config, "init_from", None)
     return {
         "kind": kind,
         "model": model.config,
         "training": to_json(config),
         "commit": git_commit(),
-        "data": [{"name": index.name, "fingerprint": index.fingerprint} for index in indices],
+        "data": [
+            {"name": dataset.name, "fingerprint": dataset.fingerprint, "spec": to_dict(dataset.spec)}
+            for dataset in datasets
+        ],
         "targets": [{"fingerprint": source_fingerprint(source)}] if source else [],
     }
 
@@ -479,11 +531,13 @@ def report(config, kind, model, samples, device):
 def next_command(config, kind):
     """Return the command that uses the trained model; for a second stage with the flags that its sizes need."""
     data = " ".join(map(str, config.data))
+    spec = " --spec " + " ".join(config.spec) if config.spec else ""
     if kind == "tokenizer":
-        return f"train.py --variant la_tok --data {data} --tokenizer {config.out}"
+        return f"train.py --variant la_tok --data {data}{spec} --tokenizer {config.out}"
     if config.stage != 1:
-        return f"label.py --data {config.data[0]} --lam {config.out}"
-    command = f"train_latent.py lam --stage 2 --init-from {config.out} --data {data} --out DIR"
+        first_spec = f" --spec {config.spec[0]}" if config.spec else ""
+        return f"label.py --data {config.data[0]}{first_spec} --lam {config.out}"
+    command = f"train_latent.py lam --stage 2 --init-from {config.out} --data {data}{spec} --out DIR"
     for field in fields(LamSizes):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
         if value != field.default and field.name not in ("stage", "text"):
@@ -592,22 +646,31 @@ def summarise(results, num_codes):
 def format_kmeans_comparison(tokenizer, parts):
     """Return text: codes in use and squared error of the tokenizer, and the error of as many k-means of the actions.
 
-    parts: {name: samples}, a line each; the means are those of the first part. Their error is the floor for one code
-    per step that encodes that step alone.
+    parts: {name: `MaskedChunks`}, a line each, of several embodiments one for each; the means are those of the first
+    part. Their error is the floor for one code per step that encodes that step alone.
     """
-    means, lines = None, []
+    means, lines = {}, []
     for name, samples in parts.items():
         loader = DataLoader(samples, 64, sampler=range(min(samples.epoch_length, KMEANS_CHUNKS)))
         batches = list(to_device(batch, tokenizer.project.weight.device) for batch in loader)
-        actions = torch.cat([batch["actions"] for batch in batches])
-        valid = torch.cat([batch["valid"] for batch in batches])
-        codes, _ = tokenizer.encode(actions, valid)
-        error = (tokenizer.decode(codes) - actions)[valid].square().mean().item()
-        if means is None:
-            means = kmeans(actions[valid], tokenizer.num_codes)
-        floor = torch.cdist(actions[valid], means).amin(1).square().mean().item() / actions.shape[2]
-        used = f"{len(codes[valid].unique())} of {tokenizer.num_codes} codes in use"
-        lines.append(f"On {name}: {used}, squared error {error:.5f}, {error / floor:.2f} times k-means' {floor:.5f}")
+        whole = {key: torch.cat([batch[key] for batch in batches]) for key in ("actions", "valid", "embodiment")}
+        for number, (embodiment, size) in enumerate(samples.action_sizes.items()):
+            rows = whole["embodiment"] == number
+            actions, valid = whole["actions"][rows], whole["valid"][rows]
+            if not len(actions):
+                continue
+            codes, _ = tokenizer.encode(actions, valid, whole["embodiment"][rows])
+            decoded = tokenizer.decode(codes, whole["embodiment"][rows])[..., :size]
+            actions = actions[..., :size]
+            error = (decoded - actions)[valid].square().mean().item()
+            if number not in means:
+                means[number] = kmeans(actions[valid], tokenizer.num_codes)
+            floor = torch.cdist(actions[valid], means[number]).amin(1).square().mean().item() / size
+            title = f"{name} of {embodiment}" if len(samples.action_sizes) > 1 else name
+            used = f"{len(codes[valid].unique())} of {tokenizer.num_codes} codes in use"
+            lines.append(
+                f"On {title}: {used}, squared error {error:.5f}, {error / floor:.2f} times k-means' {floor:.5f}"
+            )
     return "\n".join(lines)
 
 

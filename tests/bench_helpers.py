@@ -23,9 +23,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
 import tiny
-from backbone import lora_layers, prompt_ids, rms_norms
+from backbone import prompt_ids, rms_norms
 from batches import prepare_images
 from common import to_device
+from lora import lora_layers
 from model import VARIANTS, VLA, ModelConfig
 
 CHUNK = 8  # actions predicted at once
@@ -156,6 +157,7 @@ def random_batch(vla, size, draws=True, seed=1):
         "proprio": torch.rand(size, sizes.proprio_size, generator=rng) * 2 - 1,
         "actions": torch.rand(size, sizes.chunk, sizes.action_size, generator=rng) * 2 - 1,
         "valid": torch.ones(size, sizes.chunk, dtype=torch.bool),
+        "action_weight": torch.ones(size, sizes.action_size),
         "codes": torch.randint(0, sizes.num_codes, codes, generator=rng),
         "vectors": torch.randn(*codes, sizes.code_dim, generator=rng),
     }

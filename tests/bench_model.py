@@ -32,8 +32,8 @@ from bench_helpers import (
 )
 from torch._subclasses import FakeTensorMode
 
-from backbone import merge_lora
 from common import distribute, init_distributed, parameter_groups, shutdown_distributed
+from lora import merge_lora
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A training step

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -171,7 +172,10 @@ def read_rlds(folder):
 
 
 def write_video(folder):
-    """Write an RLDS data set of three episodes, of 9, 1 and 14 frames, without actions, states or instructions."""
+    """Write an RLDS data set of three episodes, of 9, 1 and 14 frames, without actions, states or instructions.
+
+    A description lies beside it, for no preset fits.
+    """
     import tensorflow_datasets as tfds
 
     def step(t):
@@ -183,15 +187,95 @@ def write_video(folder):
     tfds.dataset_builders.store_as_tfds_dataset(
         "video", "1.0.0", features, split_datasets={"train": written}, data_dir=folder
     )
+    spec = {"embodiment": "film", "cameras": {"image": "observation/image"}}
+    (folder / "video" / "spec.json").write_text(json.dumps(spec))
     return folder / "video"
+
+
+def odd_features():
+    """Return {path: (feature, function (step, number of the episode) -> value)} of `write_odd`."""
+    import tensorflow as tf
+    from tensorflow_datasets import features
+
+    def image(height, width, channels=3, dtype=np.uint8, encoding="png"):
+        return features.Image(shape=(height, width, channels), dtype=dtype, encoding_format=encoding)
+
+    def vector(*shape, dtype=np.float32):
+        return features.Tensor(shape=shape, dtype=dtype)
+
+    def pixels(*shape, dtype=np.uint8):
+        return lambda t, n: odd_pixels(t, n, shape, dtype)
+
+    return {
+        "observation/png": (image(48, 48), pixels(48, 48, 3)),
+        "observation/tensor": (vector(40, 40, 3, dtype=np.uint8), pixels(40, 40, 3)),
+        "observation/wide": (image(24, 40), pixels(24, 40, 3)),
+        "observation/any_size": (image(None, None), lambda t, n: odd_pixels(t, n, (40 + n, 40 + n, 3))),
+        "observation/grey": (image(48, 48, 1), pixels(48, 48, 1)),
+        "observation/depth": (image(48, 48, 1, np.uint16), pixels(48, 48, 1, dtype=np.uint16)),
+        "observation/metres": (vector(80, 80), lambda t, n: np.full((80, 80), t, np.float32)),
+        "observation/joints": (vector(6, dtype=np.float64), lambda t, n: np.arange(6.0) + t + 10 * n),
+        "observation/column": (vector(3, 1), lambda t, n: np.full((3, 1), t, np.float32)),
+        "observation/class": (features.ClassLabel(names=["a", "b", "c"]), lambda t, n: t % 3),
+        "observation/nested": (features.Sequence({"x": features.Scalar(np.float32)}), lambda t, n: {"x": [1.0] * t}),
+        "observation/ragged": (
+            features.Tensor(shape=(None,), dtype=np.float32),
+            lambda t, n: np.ones(n + 1, np.float32),
+        ),
+        "observation/bytes": (features.Tensor(shape=(), dtype=tf.string), lambda t, n: b"\xff\xfe" + bytes([t])),
+        "action/move": (vector(3), lambda t, n: np.float32([t, -t, n])),
+        "action/grip": (vector(1), lambda t, n: np.float32([0.08 * (t % 2)])),
+        "said": (features.Text(), lambda t, n: f"step {t // 2} of {n}"),
+        "latent/idx": (vector(1, 4, dtype=np.int64), lambda t, n: np.full((1, 4), 1 + t % 16)),
+        "latent/z": (vector(4, 8), lambda t, n: np.full((4, 8), t, np.float32)),
+    }
+
+
+def odd_pixels(t, n, shape, dtype=np.uint8):
+    """Return the image of step t of episode n of `write_odd`: a slope of its own."""
+    return (np.arange(np.prod(shape)).reshape(shape) + 7 * t + 50 * n).astype(dtype)
+
+
+def write_odd(folder):
+    """Write an RLDS data set of three episodes, of 5, 6 and 7 steps, with features of every kind. No preset fits."""
+    import tensorflow_datasets as tfds
+
+    def tree(values):
+        """Return {path: value} as nested dictionaries."""
+        nested = {}
+        for path, value in values.items():
+            *parents, name = path.split("/")
+            node = nested
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = value
+        return nested
+
+    def as_features(node):
+        return tfds.features.FeaturesDict({k: as_features(v) if isinstance(v, dict) else v for k, v in node.items()})
+
+    made = odd_features()
+    step = as_features(tree({path: feature for path, (feature, _) in made.items()}))
+    picture_of_all = tfds.features.Image(shape=(8, 8, 3))
+    metadata = tfds.features.FeaturesDict({"language_instruction": tfds.features.Text(), "picture": picture_of_all})
+    features = {"steps": tfds.features.Dataset(step), "episode_metadata": metadata, "episode_id": tfds.features.Text()}
+    written = []
+    for n, length in enumerate((5, 6, 7)):
+        steps = [tree({path: make(t, n) for path, (_, make) in made.items()}) for t in range(length)]
+        about = {"language_instruction": f"do {n}", "picture": odd_pixels(0, n, (8, 8, 3))}
+        written.append((f"{n}", {"steps": steps, "episode_metadata": about, "episode_id": f"id {n}"}))
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "odd", "1.0.0", tfds.features.FeaturesDict(features), split_datasets={"train": written}, data_dir=folder
+    )
+    return folder / "odd"
 
 
 def write_all(folder):
     """Return the folders of 8 episodes without labels and of 4 with labels as in the paper's release, what
-    tensorflow-datasets reads of the 8, and the folder of video alone."""
+    tensorflow-datasets reads of the 8, and the folders of video alone and of `write_odd`."""
     made = write_rlds(folder)
     released = write_rlds(folder, "released", 4, 1, True)
-    return made, released, read_rlds(made), write_video(folder)
+    return made, released, read_rlds(made), write_video(folder), write_odd(folder)
 
 
 @pytest.fixture(scope="session")
@@ -226,6 +310,12 @@ def video(written):
 
 
 @pytest.fixture(scope="session")
+def odd(written):
+    """Folder of `write_odd`."""
+    return written[4]
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """Where the tests keep indices."""
     return tmp_path_factory.mktemp("cache")
@@ -233,18 +323,24 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def index(rlds, cache):
-    """The index of `rlds`."""
+    """The index of `rlds`: its features as stored, without a description."""
     from data import open_index
 
     return open_index(rlds, cache)
 
 
 @pytest.fixture(scope="session")
-def stats(index):
-    """The statistics of `rlds`."""
-    from normalise import statistics
+def dataset(rlds, cache):
+    """`rlds` read through the description that fits it."""
+    from data import open_dataset
 
-    return statistics(index)
+    return open_dataset(rlds, cache)
+
+
+@pytest.fixture(scope="session")
+def stats(dataset):
+    """The statistics of `rlds`."""
+    return dataset.stats
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,12 +391,12 @@ def labels(index, tmp_path_factory):
     """Random image-based latent labels of `rlds`, as `label.py` writes them."""
     import torch
 
-    from checkpoint import save_tensors
+    from files import save_tensors
 
     path = tmp_path_factory.mktemp("labels") / "labels.safetensors"
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 16, (len(index), 4), dtype=np.uint8))
-    vectors = torch.from_numpy(rng.normal(size=(len(index), 4, 16))).half()
+    vectors = torch.from_numpy(rng.normal(size=(len(index), 4, 16)) + rng.normal(size=16)).half()  # alike: learnable
     save_tensors(path, {"codes": codes, "vectors": vectors}, data=index.fingerprint, lam="made", delta=32, num_codes=16)
     return path
 

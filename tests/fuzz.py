@@ -6,8 +6,8 @@
 Every input is a valid file (a shard of two episodes; config.json, dataset_statistics.json or model.safetensors of a
 tiny run) after some mutations, drawn from the seed and the input's number alone. Allowed are success, ValueError and
 FileNotFoundError. Anything else is printed with the command that repeats it, and the exit status is 1: another
-exception, more than 5 s of CPU, Python allocations for a shard beyond 64 times its size plus 64 KiB, or a process whose
-memory, torch's included, grows by more than 16 times the size of a run plus 128 MiB, which its masks may take.
+exception, more than 5 s of CPU, Python allocations for a shard beyond 64 times its size plus 256 KiB, or a process
+whose memory, torch's included, grows by more than 16 times the size of a run plus 128 MiB, which its masks may take.
 """
 
 import copy
@@ -28,20 +28,22 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import backbone
 import normalise
 import rlds
+from index import Feature, IndexWriter, read_index
 
 SECONDS = 5  # of CPU time, allowed for one input
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # files that no disk has to keep
 FEATURES = {
-    "steps/observation/image": ("image", "uint8", (8, 8, 3)),
-    "steps/action": ("tensor", "float32", (2,)),
-    "steps/is_first": ("tensor", "bool", ()),
-    "steps/language_instruction": ("text", "str", ()),
-    "episode_metadata/seed": ("tensor", "int64", ()),
-    "episode_metadata/file_path": ("text", "str", ()),
-    "episode_metadata/state": ("tensor", "float64", (-1,)),
+    "steps/observation/image": Feature("image", "uint8", (8, 8, 3)),
+    "steps/observation/tensor": Feature("image", "uint8", (2, 2, 3)),
+    "steps/action": Feature("number", "float32", (2,)),
+    "steps/is_first": Feature("number", "bool", ()),
+    "steps/language_instruction": Feature("text", "str", ()),
+    "steps/anything": Feature("text", "bytes", ()),
+    "episode_metadata/seed": Feature("number", "int64", ()),
+    "episode_metadata/file_path": Feature("text", "str", ()),
+    "episode_metadata/state": Feature("number", "float64", (None,)),
 }
 SIZES = (-1, 0, 1, 2, 3, 64, 100, 256, 1000, 10_000, 10**5, 10**6, 2**31, 2**63, 10**30)
 HUGE = b"\xff" * 9 + b"\x01"  # the largest varint
@@ -99,9 +101,11 @@ def episode(steps=3):
     """Return the features of an episode as `FEATURES` has them."""
     return {
         "steps/observation/image": [bytes(range(20 + n)) for n in range(steps)],
+        "steps/observation/tensor": [bytes(range(12)) for n in range(steps)],
         "steps/action": np.arange(2 * steps, dtype=np.float32),
         "steps/is_first": np.arange(steps) == 0,
         "steps/language_instruction": [b"put the bowl on the plate"] * steps,
+        "steps/anything": [b"\xff"] * steps,
         "episode_metadata/seed": np.array([-5]),
         "episode_metadata/file_path": [b"made"],
         "episode_metadata/state": [np.arange(5.0).tobytes()],
@@ -111,18 +115,24 @@ def episode(steps=3):
 PAYLOADS = [example(episode(steps)) for steps in (0, 1, 3, 3)]
 
 
-def write_run(folder):
-    """Write a run of the tiny model with random weights, as far as loading reads it."""
+def write_run(folder, several=False):
+    """Write a run of the tiny model with random weights, as far as loading reads it; several: of two embodiments."""
     import model
-    from checkpoint import save_tensors, trainable_tensors, write_json
+    from checkpoint import trainable_tensors
+    from dataspec import PRESETS, to_dict
+    from files import save_tensors, write_json
+    from lora import base_hash
 
-    vla = model.VLA(model.ModelConfig("la_cond", "tiny", 1, 32, 24, 2, 7, 8, code_dim=8, gate=1.0))
+    embodiments = (("libero", 7, 8, 1), ("other", 3, 2, 1)) if several else ()
+    config = model.ModelConfig("la_cond", "tiny", 1, 32, 24, 2, 7, 8, code_dim=8, gate=1.0, embodiments=embodiments)
+    vla = model.VLA(config)
     column = {name: [0.5] * 7 for name in ("mean", "std", "min", "max", "q01", "q99")}
     stats = {"action": column | {"mask": [True] * 6 + [False]}, "proprio": column, "num_transitions": 9}
-    entry = {"name": "made", "statistics": normalise.statistics_hash(stats), "cameras": {"image": {}}}
+    entry = {"name": "made", "embodiment": "libero", "statistics": normalise.statistics_hash(stats)}
+    entry |= {"cameras": {"image": {}}, "image_sides": [0], "spec": to_dict(PRESETS["libero"])}
     save_tensors(folder / "model.safetensors", trainable_tensors(vla))
     write_json(folder / "dataset_statistics.json", {"made": stats})
-    config = {"model": asdict(vla.config), "base_hash": backbone.base_hash(vla), "data": [entry]}
+    config = {"model": asdict(vla.config), "base_hash": base_hash(vla), "data": [entry]}
     write_json(folder / "config.json", config)
 
 
@@ -222,8 +232,9 @@ def damaged_run(rng, files):
         config["model"] |= {key: rng.choice(SIZES) for key in rng.sample(sizes, rng.randint(1, 2))}
         return files | {name: json.dumps(config).encode()}
     changed = {name: damage_json(rng, json.loads(files[name]))}
-    if name == "dataset_statistics.json" and rng.random() < 0.5 and "made" in changed[name]:  # with the hash to match
+    if name == "dataset_statistics.json" and rng.random() < 0.5 and isinstance(changed[name].get("made"), dict):
         changed["config.json"] = json.loads(files["config.json"])
+        # the hash matches
         changed["config.json"]["data"][0]["statistics"] = normalise.statistics_hash(changed[name]["made"])
     return files | {name: json.dumps(content).encode() for name, content in changed.items()}
 
@@ -281,7 +292,12 @@ def read_shard(path):
         if not warning:
             errors.append(fault)
 
-    rlds.scan_shards({path: 2}, FEATURES, b"", on_fault)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        writer = IndexWriter(Path(folder) / "index")
+        rlds.scan_shards({path: 2}, FEATURES, b"", writer, on_fault)
+        contents = read_index(writer.folder)
+        for column in contents["columns"].values():
+            assert len(column[:]) == contents["starts"][-1]
     if errors:
         raise errors[0]
 
@@ -295,7 +311,7 @@ def fuzz_shards(numbers, seed):
         for number in numbers:
             path.write_bytes(damaged_shard(random.Random(f"{seed} {number}")))
             size = path.stat().st_size
-            findings.append((number, check_call(lambda: read_shard(path), 64 * size + (64 << 10), 128 << 20)))
+            findings.append((number, check_call(lambda: read_shard(path), 64 * size + (256 << 10), 128 << 20)))
     tracemalloc.stop()
     return [(number, finding) for number, finding in findings if finding]
 
@@ -307,11 +323,13 @@ def fuzz_runs(numbers, seed):
     findings = []
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         folder = Path(folder)
-        write_run(folder)
-        files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        Policy(folder, device="cpu")  # what is imported and cached takes no input's memory
+        runs = []
+        for several in (False, True):
+            write_run(folder, several)
+            runs.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            Policy(folder, device="cpu")  # what is imported and cached takes no input's memory
         for number in numbers:
-            damaged = damaged_run(random.Random(f"{seed} {number}"), files)
+            damaged = damaged_run(random.Random(f"{seed} {number}"), runs[number // 10 % 2])
             for path in folder.iterdir():
                 path.unlink()
             for name, content in damaged.items():

@@ -51,9 +51,10 @@ def batch_for(vla, size=4, seed=1):
             torch.randint(0, 256, (size, 64, 64, 3), generator=rng, dtype=torch.uint8) for _ in range(sizes.cameras)
         ],
         "text": (TEXTS * size)[:size],
-        "proprio": torch.rand(size, 8, generator=rng) * 2 - 1,
+        "proprio": torch.rand(size, 8, generator=rng)[:, : sizes.proprio_size or 8] * 2 - 1,
         "actions": torch.rand(size, sizes.chunk, sizes.action_size, generator=rng) * 2 - 1,
         "valid": valid,
+        "action_weight": torch.ones(size, sizes.action_size),
         "codes": torch.randint(0, 8, codes, generator=rng),
         "vectors": torch.randn(*codes, 16, generator=rng),
     }
@@ -71,4 +72,7 @@ def losses_and_gradients(vla, batch):
     vla.zero_grad(set_to_none=True)
     losses = vla(batch)
     losses["loss"].backward()
-    return [*losses.values(), *(p.grad for p in vla.parameters() if p.requires_grad)]
+    return [
+        *(value for value in losses.values() if torch.is_tensor(value)),
+        *(p.grad for p in vla.parameters() if p.requires_grad),
+    ]

@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 import backbone
+import lora
 import tiny
 from model import VARIANTS, VLA
 
@@ -57,7 +58,7 @@ def test_positions_by_hand():
     bb = build("baseline", cameras=1).backbone
     _, counts = bb.tokenise(TEXTS[:1])
     places, _ = bb.positions_and_mask(counts)
-    positions = bb.positions[:, places[0]]  # [3, L]
+    positions = bb.positions[:, 0, places[0]]  # [3, L]
     p = bb.first_image
     n = int(counts[0])
     assert positions[:, : p + 1].tolist() == [list(range(p + 1))] * 3
@@ -144,7 +145,7 @@ def test_states_equal_transformers_own_forward(cameras, image_size):
     inputs = transformers_inputs(bb, images, ids, counts, vla.queries)
     real = inputs["attention_mask"].bool()
     places, _ = bb.positions_and_mask(counts)
-    assert torch.equal(inputs["position_ids"][:, real], bb.positions[:, places][:, real])
+    assert torch.equal(inputs["position_ids"][:, real], bb.positions[:, 0, places][:, real])
     recorded = []
 
     def record(layer, args, kwargs):
@@ -238,13 +239,13 @@ def test_a_step_never_waits_for_the_device(variant):
     assert waits.seen == ["index", "_local_scalar_dense", "lift_fresh"]
 
 
-@pytest.mark.parametrize("lora", (False, True))
-def test_gradient_checkpointing_changes_nothing(lora):
+@pytest.mark.parametrize("with_lora", (False, True))
+def test_gradient_checkpointing_changes_nothing(with_lora):
     """The same losses and gradients; every block of vision and language runs twice."""
     vla = build("la_cond")
     qwen = vla.backbone.qwen
-    if lora:
-        backbone.add_lora(qwen, 2, 4)
+    if with_lora:
+        lora.add_lora(qwen, 2, 4)
     batch = batch_for(vla)
     expected = losses_and_gradients(vla, batch)
     calls = []
@@ -257,12 +258,12 @@ def test_gradient_checkpointing_changes_nothing(lora):
     assert len(checkpointed) > len(blocks) and all(calls.count(block.mlp) == 2 for block in blocks)
 
 
-@pytest.mark.parametrize("lora", (False, True))
-def test_one_graph_for_all_batches(lora):
+@pytest.mark.parametrize("with_lora", (False, True))
+def test_one_graph_for_all_batches(with_lora):
     """Backbone and head compile without a break, and other instructions, lengths and pixels need no second graph."""
     vla = build("la_align")
-    if lora:
-        backbone.add_lora(vla.backbone.qwen, 2, 4)
+    if with_lora:
+        lora.add_lora(vla.backbone.qwen, 2, 4)
         vla.backbone.checkpointing = True
     batches = [batch_for(vla, seed=seed) | {"text": TEXTS[seed:] + TEXTS[:seed]} for seed in (0, 1, 2)]
     eager = [vla(batch)["loss"] for batch in batches]
@@ -300,7 +301,7 @@ def trained(module):
 def test_lora_is_trained_in_full_precision():
     """On a bf16 base the low-rank updates are f32: in bf16, small steps of the optimizer would round to nothing."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 4)).bfloat16()
-    backbone.add_lora(base, 2, 4)
+    lora.add_lora(base, 2, 4)
     assert {(p.requires_grad, p.dtype) for p in base.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
@@ -309,7 +310,7 @@ def test_low_rank_update_is_pefts(bias):
     """Output and gradients of the fused product equal those of peft's own forward, with a bias and without."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=bias))
-    backbone.add_lora(layers, rank=2, alpha=3)
+    lora.add_lora(layers, rank=2, alpha=3)
     layer = layers[0]
     x = torch.randn(2, 4, 6, requires_grad=True)
     torch.nn.init.normal_(layer.lora_B["default"].weight)
@@ -330,15 +331,15 @@ def test_base_in_half_precision():
     results = []
     for each in (vla, half):
         torch.manual_seed(3)
-        backbone.add_lora(each.backbone.qwen, 2, 4)
-        for _, layer in backbone.lora_layers(each.backbone.qwen):
+        lora.add_lora(each.backbone.qwen, 2, 4)
+        for _, layer in lora.lora_layers(each.backbone.qwen):
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
         results.append(losses_and_gradients(each, batch_for(each)))
     for a, b in zip(*results, strict=True):
         assert b.dtype == torch.float32 and (a - b).norm() < 0.1 * a.norm() + 1e-4
     assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=0.02)
     before, _ = half.predict(batch_for(half))
-    backbone.merge_lora(half)
+    lora.merge_lora(half)
     assert (half.predict(batch_for(half))[0] - before).abs().mean() < 0.02 * before.abs().mean()
 
 
@@ -347,8 +348,8 @@ def test_lora_on_some_layers():
     qwen = build("baseline").backbone.qwen
     message = "lora_targets are qkv, query; the linear layers here are down_proj, gate_proj"
     with pytest.raises(ValueError, match=message):
-        backbone.add_lora(qwen, 2, 4, ("qkv", "query"))
-    backbone.add_lora(qwen, 2, 4, ("qkv", "q_proj"))
+        lora.add_lora(qwen, 2, 4, ("qkv", "query"))
+    lora.add_lora(qwen, 2, 4, ("qkv", "q_proj"))
     vision = {f"visual.blocks.{n}.attn.qkv" for n in range(3)}
     language = {f"language_model.layers.{n}.self_attn.q_proj" for n in range(4)}
     assert {name.split(".lora_")[0] for name in trained(qwen)} == vision | language
@@ -368,7 +369,7 @@ def test_what_is_tuned(checkpoint):
         else:
             linear = {name for name, module in qwen.named_modules() if isinstance(module, torch.nn.Linear)}
             bases = {name for name in linear if "lora_" not in name}
-            assert bases == {f"{name}.base_layer" for name, _ in backbone.lora_layers(qwen)}
+            assert bases == {f"{name}.base_layer" for name, _ in lora.lora_layers(qwen)}
             assert trained(qwen) == {name for name in every if ".lora_A." in name or ".lora_B." in name}
         assert {"queries", "head.queries", "latent_head.weight"} <= trained(vla)
         assert all(p.dtype == torch.float32 for p in vla.parameters() if p.requires_grad)

@@ -1,17 +1,16 @@
 """batches.py: samples, batches and pixels, against numpy and examples worked by hand."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import equal_batches, make_chunks
+from data_helpers import change_spec, equal_batches, make_chunks
 from torch.utils.data import DataLoader
 
-from batches import ActionChunks, StepBatchSampler, colour_jitter, prepare_images
+from batches import ActionChunks, Source, StepBatchSampler, colour_jitter, permute, prepare_images, round_keys
+from data import open_dataset
 from index import episode_steps, split_episodes
-from normalise import normalise, standardise
 
 DRAWS = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # augmentation draws of one camera
 
@@ -20,92 +19,159 @@ DRAWS = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # augmentation draws of one ca
 # Samples
 
 
-def test_chunk_stops_at_the_end_of_the_episode(index, stats):
+def test_chunk_stops_at_the_end_of_the_episode(dataset):
     """Three steps before an end: three valid steps, then no motion and a held gripper, nothing of the next episode."""
-    normalised = normalise(standardise(index.columns["action"]), stats["action"])
-    chunks = make_chunks(index, stats)
-    end = int(index.starts[2])
+    normalised = dataset.normalised_action(slice(None))
+    chunks = make_chunks(dataset)
+    end = int(dataset.starts[2])
     item = chunks.sample(0, end - 3)
     assert item["valid"].tolist() == [True] * 3 + [False] * 5
     assert np.array_equal(item["actions"][:3], normalised[end - 3 : end])
     assert (item["actions"][3:, :6] == 0).all() and (item["actions"][3:, 6] == float(normalised[end - 1, 6])).all()
-    assert item["text"] == index.instructions[1]
+    assert item["text"] == dataset.instruction(end - 1) != dataset.instruction(end)
     after = chunks.sample(0, end)
     assert after["valid"].all() and np.array_equal(after["actions"], normalised[end : end + 8])
-    assert after["text"] == index.instructions[2]
+    assert after["text"] == dataset.instruction(end)
 
 
-def test_sample_holds_the_observation_of_its_step(index, stats):
-    """Cameras in the order asked for, proprio normalised."""
-    item = make_chunks(index, stats, ["wrist_image", "image"]).sample(0, 20)
-    assert np.array_equal(item["images"][0], index.image("wrist_image", 20))
-    assert np.array_equal(item["images"][1], index.image("image", 20))
-    assert np.array_equal(item["proprio"], normalise(index.columns["state"][20], stats["proprio"]))
+def test_absolute_targets_repeat_past_the_end(dataset):
+    """Dimensions that are absolute targets hold their last value, the others are no motion; all are masked."""
+    end = int(dataset.starts[2])
+    item = make_chunks(change_spec(dataset, absolute=[0, 2])).sample(0, end - 3)
+    last = dataset.normalised_action([end - 1])[0]
+    assert not item["valid"][3:].any() and abs(last[0]) > 0.1 and abs(last[1]) > 0.1
+    expected = [last[0], 0, last[2], 0, 0, 0, last[6]]
+    assert np.array_equal(item["actions"][3:], np.tile(np.float32(expected), (5, 1)))
+
+
+def test_sample_holds_the_observation_of_its_step(dataset):
+    """Cameras in the order asked for, the state normalised."""
+    item = make_chunks(dataset, ["wrist_image", "image"]).sample(0, 20)
+    assert np.array_equal(item["images"][0], dataset.image("wrist_image", 20))
+    assert np.array_equal(item["images"][1], dataset.image("image", 20))
+    assert np.array_equal(item["proprio"], dataset.normalised_state([20])[0])
+    assert item["action_weight"].tolist() == [1.0] * 7
 
 
 def first_places(chunks, count):
-    """Return (number of the data set, step) of the first samples."""
+    """Return (number of the source, step) of the first samples."""
     return [chunks.place(position) for position in range(count)]
 
 
-def test_epoch_sees_each_sample_once_in_a_new_order(index, stats):
+def test_epoch_sees_each_sample_once_in_a_new_order(dataset):
     """Two epochs: every step once in each, in different orders; another seed orders differently; same seed alike."""
-    chunks = make_chunks(index, stats, seed=3)
-    n = len(index)
+    chunks = make_chunks(dataset, seed=3)
+    n = len(dataset)
     places = first_places(chunks, 2 * n)
     assert chunks.epoch_length == n and sorted(places[:n]) == sorted(places[n:]) == [(0, step) for step in range(n)]
     assert places[:n] != places[n:]
-    assert places == first_places(make_chunks(index, stats, seed=3), 2 * n)
-    assert places != first_places(make_chunks(index, stats, seed=4), 2 * n)
+    assert places == first_places(make_chunks(dataset, seed=3), 2 * n)
+    assert places != first_places(make_chunks(dataset, seed=4), 2 * n)
     for position in (0, n):
         assert torch.equal(chunks[position]["actions"], chunks.sample(*places[position])["actions"])
 
 
-def test_shuffle_is_global(index, stats):
+def test_shuffle_is_global(dataset):
     """A batch of 32 spans most episodes of both shards, whatever the order on disk."""
-    places = first_places(make_chunks(index, stats), 96)
+    places = first_places(make_chunks(dataset), 96)
     for batch in range(3):
         steps = [step for _, step in places[32 * batch : 32 * batch + 32]]
-        assert len(set(np.searchsorted(index.starts, steps, "right"))) >= 6
+        assert len(set(np.searchsorted(dataset.starts, steps, "right"))) >= 6
 
 
-def test_weights_scale_how_often_a_data_set_occurs(index, stats):
-    """Per epoch: weight 2 gives each step twice, weight 0.5 half of the steps once."""
-    n = len(index)
-    chunks = ActionChunks([index, index], [stats] * 2, ["image"], 8, weights=[2.0, 0.5])
+def test_weights_scale_how_often_a_data_set_occurs(dataset):
+    """Per epoch: weight 2 gives each step twice, weight 0.5 half of the steps once; 0 is left out, all 0 refused."""
+    n = len(dataset)
+    episodes = np.arange(8)
+    sources = [Source(0, episodes, 2.0), Source(1, episodes, 0.5), Source(1, episodes, 0.0)]
+    chunks = ActionChunks([dataset, dataset], [["image"]] * 2, 8, sources=sources)
     count = Counter(first_places(chunks, chunks.epoch_length))
     assert chunks.epoch_length == 2 * n + round(n / 2)
     assert all(count[0, step] == 2 for step in range(n))
     assert sorted(count[1, step] for step in range(n)) == [0] * (n - round(n / 2)) + [1] * round(n / 2)
+    with pytest.raises(ValueError, match="no step, or weights of 0"):
+        ActionChunks([dataset], [["image"]], 8, sources=[Source(0, episodes, 0.0)])
 
 
-def test_held_out_episodes_stay_out(index, stats):
+def test_held_out_episodes_stay_out(dataset):
     """Splits are disjoint, complete and seeded; a training epoch never reads a held-out step."""
-    kept, held = split_episodes(index, 0.25, seed=0)
+    kept, held = split_episodes(dataset, 0.25, seed=0)
     assert len(held) == 2 and sorted([*kept, *held]) == list(range(8))
-    assert any(split_episodes(index, 0.25, seed)[1].tolist() != held.tolist() for seed in (1, 2, 3))
-    assert len(split_episodes(index, 0.01, 0)[1]) == 1 and len(split_episodes(index, 0.0, 0)[1]) == 0
-    chunks = make_chunks(index, stats, episodes=[kept])
+    assert any(split_episodes(dataset, 0.25, seed)[1].tolist() != held.tolist() for seed in (1, 2, 3))
+    assert len(split_episodes(dataset, 0.01, 0)[1]) == 1 and len(split_episodes(dataset, 0.0, 0)[1]) == 0
+    chunks = make_chunks(dataset, sources=[Source(0, kept)])
     trained = sorted(step for _, step in first_places(chunks, chunks.epoch_length))
-    assert trained == sorted(set(range(len(index))) - set(episode_steps(index, held)))
+    assert trained == sorted(set(range(len(dataset))) - set(episode_steps(dataset, held)))
 
 
-def test_sizes_and_cameras_must_agree(index, stats):
-    """A camera that does not exist and data sets of different action sizes are named."""
-    with pytest.raises(ValueError, match=r"made has no camera \['front'\]; it has \['image', 'wrist_image'\]"):
-        make_chunks(index, stats, ["front"])
-    other = replace(index, name="other", columns=dict(index.columns, action=index.columns["action"][:, :5]))
-    with pytest.raises(ValueError, match=r"action has shape \(5,\) in other but \(7,\) in made"):
-        ActionChunks([index, other], [stats, stats], ["image"], 8)
+def test_video_is_padded_and_does_not_change_the_scale_of_the_loss(dataset, video, cache):
+    """Its samples weigh 0 and hold no action; those with actions are divided by their share of an epoch."""
+    film = open_dataset(video, cache)
+    assert film.action_size == film.state_size == 0 and film.instructions() == [""]
+    chunks = ActionChunks([dataset, film], [["image", "wrist_image"], ["image"]], 8)
+    share = len(dataset) / (len(dataset) + len(film))
+    labelled = chunks.sample(0, 3)
+    filmed = chunks.sample(1, 3)
+    assert np.allclose(labelled["action_weight"], 1 / share) and (filmed["action_weight"] == 0).all()
+    assert filmed["actions"].shape == (8, 7) and filmed["proprio"].shape == (8,) and not filmed["actions"].any()
+    assert (labelled["num_cameras"], filmed["num_cameras"]) == (2, 1) and not filmed["images"][1].any()
+    assert (labelled["embodiment"], filmed["embodiment"], filmed["source"]) == (0, 1, 1)
+    assert chunks.source_names == ["made", "video (video)"]
+    places = first_places(chunks, chunks.epoch_length)
+    weights = [0.0 if number else 1 / share for number, _ in places]
+    assert np.isclose(np.mean(weights), 1)
 
 
-def test_gripper_that_is_not_liberos_is_refused(index, stats):
-    """A last action outside [-1, 1] is no gripper; inverting it silently would spoil every action."""
-    actions = np.array(index.columns["action"])
-    actions[3, -1] = 1.7
-    wrong = replace(index, columns={**index.columns, "action": actions})
-    with pytest.raises(ValueError, match="must be the gripper, -1 open, 1 close"):
-        make_chunks(wrong, stats)
+def test_smaller_actions_are_padded_and_weigh_as_much(dataset):
+    """Beside seven dimensions, five are padded with zeros whose weight is 0, and the weights have the same sum."""
+    five = change_spec(
+        dataset,
+        embodiment="five",
+        action=["action[0:5]"],
+        grippers=[],
+        state=["observation/state[2:5]"],
+        action_names=[],
+    )
+    chunks = ActionChunks([dataset, five], [["image"]] * 2, 8)
+    item = chunks.sample(1, 10)
+    assert np.array_equal(item["actions"][:, :5], five.normalised_action(slice(10, 18)))
+    assert (item["actions"][:, 5:] == 0).all() and (item["proprio"][3:] == 0).all()
+    assert np.allclose(item["action_weight"], [7 / 5] * 5 + [0, 0])
+    assert np.isclose(item["action_weight"].sum(), chunks.sample(0, 10)["action_weight"].sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shuffling without tables
+
+COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 100, 255, 256, 257, 1000, 1023, 1024, 1025, 4097)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_permutation_holds_each_number_once(count):
+    """For counts about powers of two too; from five numbers on, seeds and epochs have orders of their own."""
+    orders = [
+        [permute(n, count, round_keys(seed, 0, epoch)) for n in range(count)] for seed in (0, 1) for epoch in (0, 1)
+    ]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count > 4:
+        assert len(set(map(tuple, orders))) == 4
+
+
+def test_few_numbers_take_all_their_orders():
+    """Two and three numbers come in each order about equally often over the epochs."""
+    for count, num_orders in ((2, 2), (3, 6)):
+        orders = Counter(tuple(permute(n, count, round_keys(5, 0, e)) for n in range(count)) for e in range(1200))
+        assert len(orders) == num_orders and min(orders.values()) > 0.75 * 1200 / num_orders
+
+
+def test_batches_mix_episodes_as_a_true_shuffle_does():
+    """200 batches of 64 from 500 episodes of 37 steps: as many different episodes as numpy's shuffle has."""
+    keys = round_keys(0, 0, 0)
+    ours = np.array([permute(n, 500 * 37, keys) for n in range(200 * 64)])
+    shuffled = np.random.default_rng(0).permutation(500 * 37)[: 200 * 64]
+    counts = [np.mean([len(np.unique(batch // 37)) for batch in x.reshape(200, 64)]) for x in (ours, shuffled)]
+    assert abs(counts[0] / counts[1] - 1) < 0.01
+    assert abs(np.corrcoef(ours[:-1], ours[1:])[0, 1]) < 4 / np.sqrt(len(ours))  # neighbours have nothing to do
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,9 +197,9 @@ def test_later_start_equals_the_tail():
     assert list(StepBatchSampler(5, 9, 8, 2, 1, 2)) == list(StepBatchSampler(0, 9, 8, 2, 1, 2))[5 * 2 :]
 
 
-def test_any_number_of_workers_gives_the_same_batches(index, stats):
+def test_any_number_of_workers_gives_the_same_batches(dataset):
     """0 and 2 workers: images, actions, texts and augmentation draws; and a later start gives the same later batch."""
-    chunks = make_chunks(index, stats, ["image", "wrist_image"], seed=5)
+    chunks = make_chunks(dataset, ["image", "wrist_image"], seed=5)
 
     def read(workers, first=0):
         """Return all batches from update `first` on."""
@@ -145,9 +211,9 @@ def test_any_number_of_workers_gives_the_same_batches(index, stats):
     assert all(map(equal_batches, alone[4:], read(0, first=2))) and not equal_batches(alone[0], alone[1])
 
 
-def test_draws_are_keyed_by_seed_sample_and_camera(index, stats):
+def test_draws_are_keyed_by_seed_sample_and_camera(dataset):
     """Uniform numbers that no two (seed, sample, camera) share."""
-    streams = [make_chunks(index, stats, ["image", "wrist_image"], seed=seed) for seed in (0, 1)]
+    streams = [make_chunks(dataset, ["image", "wrist_image"], seed=seed) for seed in (0, 1)]
     draws = torch.stack([chunks[position]["draws"] for chunks in streams for position in (0, 1, 200)])
     assert draws.shape == (6, 2, 6) and len(draws.flatten().unique()) == draws.numel()
     assert draws.min() >= 0 and draws.max() < 1

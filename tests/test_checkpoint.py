@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import files
 from common import Log
 
 
@@ -65,9 +66,9 @@ def limit_file_size():
 
 def test_text_is_replaced_whole(tmp_path):
     """An error on the way leaves the old text and no temporary file."""
-    checkpoint.write_text(tmp_path / "x", "old")
+    files.write_text(tmp_path / "x", "old")
     with pytest.raises(UnicodeEncodeError):
-        checkpoint.write_text(tmp_path / "x", "new \ud800")
+        files.write_text(tmp_path / "x", "new \ud800")
     assert (tmp_path / "x").read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
@@ -75,8 +76,8 @@ def test_text_is_replaced_whole(tmp_path):
 def test_tensors_come_back(dtype, tmp_path):
     """Of every type and shape, with their metadata, readable by all, and no other file."""
     tensors = {"b": torch.arange(6).reshape(2, 3).to(dtype).T, "a": torch.ones((), dtype=dtype), "c": torch.zeros(0, 2)}
-    checkpoint.save_tensors(tmp_path / "x", tensors, step=3)
-    loaded, info = checkpoint.load_tensors(tmp_path / "x")
+    files.save_tensors(tmp_path / "x", tensors, step=3)
+    loaded, info = files.load_tensors(tmp_path / "x")
     assert info == {"step": "3"} and loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
@@ -95,15 +96,15 @@ def test_tensors_come_back(dtype, tmp_path):
 )
 def test_damage_is_found(old, new, tmp_path):
     """In a name, a type, a shape, the metadata or a value: both checksums and the file are named."""
-    checkpoint.save_tensors(tmp_path / "x", {"w": torch.ones(2, 3)}, step=3)
+    files.save_tensors(tmp_path / "x", {"w": torch.ones(2, 3)}, step=3)
     content = (tmp_path / "x").read_bytes()
     assert old in content
     (tmp_path / "x").write_bytes(content.replace(old, new, 1))
     with pytest.raises(ValueError, match=r"x is damaged: its checksum is [0-9a-f]{8}, but [0-9a-f]{8} when"):
-        checkpoint.load_tensors(tmp_path / "x")
+        files.load_tensors(tmp_path / "x")
     (tmp_path / "x").write_bytes(content[:-3])
     with pytest.raises(ValueError, match="x is damaged: .*"):
-        checkpoint.load_tensors(tmp_path / "x")
+        files.load_tensors(tmp_path / "x")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_damaged_save_is_passed_over(tmp_path, capsys):
     layer, optimizer = make_training()
     flip_bit(tmp_path / "training-3.safetensors", -1)
     assert checkpoint.restore_training(tmp_path, layer, optimizer) == 2
-    expected, _ = checkpoint.load_tensors(tmp_path / "training-2.safetensors")
+    expected, _ = files.load_tensors(tmp_path / "training-2.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint.trainable_tensors(layer).items())
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], expected["optimizer.0.exp_avg"])
     warning = capsys.readouterr().err

@@ -10,7 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from checkpoint import write_json
+from files import write_json
+from normalise import statistics_hash
 from policy import Policy, load_vla
 
 
@@ -56,6 +57,28 @@ def test_absurd_size_is_refused(name, size, tmp_path):
         load_vla(tmp_path)
 
 
+EMBODIMENTS = (
+    ["libero", 10**9, 8, 1],
+    ["libero", 7, -8, 1],
+    ["libero", 7, 8, 2],
+    ["libero", 7],
+    ["libero", "7", 8, 1],
+    7,
+)
+
+
+@pytest.mark.parametrize("entry", EMBODIMENTS)
+def test_absurd_embodiment_is_refused(entry, tmp_path):
+    """Sizes larger than the largest, negative, or missing."""
+    fuzz.write_run(tmp_path, several=True)
+    Policy(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["embodiments"][0] = entry
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=r"embodiments hold .* in config.json. Put the run's own file back"):
+        Policy(tmp_path)
+
+
 WRONG_CONFIGS = {
     "not JSON": (lambda c: "{", "config.json is no JSON: "),
     "not an object": (lambda c: [c], "config.json holds .*, not an object"),
@@ -66,6 +89,10 @@ WRONG_CONFIGS = {
     "negative": (lambda c: {**c, "model": {**c["model"], "chunk": -2}}, "chunk is -2 in config.json"),
     "no backbone": (lambda c: {**c, "model": {**c["model"], "backbone": "no such"}}, "cannot be loaded: .*no such"),
     "no hash": (lambda c: {n: v for n, v in c.items() if n != "base_hash"}, "cannot be loaded: KeyError..base_hash"),
+    "wrong spec": (
+        lambda c: {**c, "data": [{**c["data"][0], "spec": {"embodiment": "x", "grippers": [3]}}]},
+        "config.json: grippers is .3.; it must hold for each gripper",
+    ),
     "no data": (lambda c: {**c, "data": []}, "config.json says nothing of 'made'"),
 }
 
@@ -79,7 +106,7 @@ def test_wrong_config_is_refused(fault, tmp_path):
     (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(ValueError, match=message) as error:
         Policy(tmp_path)
-    assert re.search("[Pp]ut .* back", str(error.value))
+    assert fault == "wrong spec" or re.search("[Pp]ut .* back", str(error.value))
 
 
 def test_statistics_from_elsewhere_are_refused(tmp_path):
@@ -89,6 +116,29 @@ def test_statistics_from_elsewhere_are_refused(tmp_path):
     stats["made"]["action"]["q99"][0] += 0.1
     write_json(tmp_path / "dataset_statistics.json", stats)
     with pytest.raises(ValueError, match="dataset_statistics.json holds other statistics of 'made' .* own file back"):
+        Policy(tmp_path)
+
+
+WRONG_STATISTICS = {
+    "none": lambda stats: None,
+    "no quantile": lambda stats: {**stats, "action": {n: v for n, v in stats["action"].items() if n != "q99"}},
+    "a text": lambda stats: {**stats, "action": {**stats["action"], "low": ["x"] * 7}},
+    "other sizes": lambda stats: {**stats, "action": {**stats["action"], "max": [1.0] * 6}},
+    "a number": lambda stats: {**stats, "proprio": 3.0},
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_STATISTICS)
+def test_statistics_that_are_none_are_refused(fault, tmp_path):
+    """Although the run's hash is theirs."""
+    fuzz.write_run(tmp_path)
+    stats = WRONG_STATISTICS[fault](json.loads((tmp_path / "dataset_statistics.json").read_text())["made"])
+    write_json(tmp_path / "dataset_statistics.json", {"made": stats})
+    config = json.loads((tmp_path / "config.json").read_text())
+    if stats:
+        config["data"][0]["statistics"] = statistics_hash(stats)
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match="are no statistics of .* Put the run's own file back"):
         Policy(tmp_path)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import demos
 from data import open_index
-from rollout import encode_jpeg
+from rollout import encode_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,9 @@ def test_episode_replays_to_success(sim, episode, config):
     for t, step in enumerate(steps):
         if t in (0, 5, len(steps) - 1):
             seen = sim.observe()
-            assert encode_jpeg(seen["image"], config.image_size, quality=config.jpeg_quality) == step["image"].tobytes()
+            assert (
+                encode_image(seen["image"], config.image_size, quality=config.jpeg_quality) == step["image"].tobytes()
+            )
             assert np.array_equal(seen["state"], step["state"])
         done = sim.step(step["action"], render=t + 1 in (5, len(steps) - 1))
         assert done == (t == len(steps) - 1)

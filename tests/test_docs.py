@@ -1,20 +1,29 @@
 """Every command of the README and of docs/ runs as printed; only its size and where it writes are changed."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from conftest import BLOCKS, COMMANDS, DOCUMENTS, ROOT, printed, run_script_here
+from robot_helpers import write_five_joints, write_labels, write_videos
 from torch.distributed.run import parse_args
 
+from data import open_dataset
+from dataspec import DataSpec, parse_spec
 from model import VARIANTS
 
 README = (ROOT / "README.md").read_text()
-MADE_BY_A_RUN = {"compare.png", "line_sim.py"}  # files that the documents name and that a command writes
+MADE_BY_A_RUN = {
+    "compare.png",
+    "line_sim.py",
+    "captions.json",
+}  # files that the documents name and that a command writes
 
 
 def table_after(heading, text):
@@ -162,11 +171,47 @@ def test_policy_example(trained):
     assert names["actions"].shape == (1, 8, 7)
 
 
-def test_looking_at_data():
-    """`python data.py` prints what the embedded data holds, and `--check` that nothing is wrong with it."""
-    assert "60 episodes, 3741 steps" in run_here(printed("python data.py data/libero_tiny"))
-    checked = run_here(printed("python data.py data/libero_tiny --check"))
+def test_looking_at_the_embedded_data():
+    """`python data.py` prints what the embedded data holds, and its description."""
+    text = run_here(printed("python data.py data/libero_tiny"))
+    assert "60 episodes, 3741 steps" in text and "described by libero" in text
+    checked = run_here(["python", "data.py", "data/libero_tiny", "--check"])
     assert "libero_tiny: nothing found in 60 episodes, 3741 steps, 7482 images" in checked
+
+
+def test_own_data_in_ten_minutes(tmp_path):
+    """Of a robot that no preset knows: the proposal is printed, saved, trains; so does video of the same robot."""
+    robot = write_five_joints(tmp_path / "my_robot")
+    (robot / "spec.json").unlink()
+    cached = ["--cache", tmp_path / "cache"]
+    done = run_script_here(*printed("python data.py my_data")[1:2], robot, *cached)
+    assert done.code == 1 and "Save it, corrected" in done.text
+    proposal = re.search(r"^\{.*?^\}", done.text, re.S | re.M)[0]
+    (robot / "spec.json").write_text(json.dumps(json.loads(proposal) | {"chunk": 8}))
+    assert "contact sheet" in run_here(printed("python data.py my_data"), *cached, my_data=str(robot))
+    checked = run_here(printed("python data.py my_data --check"), *cached, my_data=str(robot))
+    assert "nothing found in 4 episodes" in checked
+    small = [*cached, "--max-steps", 1, "--num-workers", 0, "--global-batch-size", 2, "--image-size", 32]
+    command = printed("python train.py --variant baseline --data my_data")
+    run_here(command, *small, "--out", tmp_path / "run", my_data=str(robot))
+
+    videos = write_videos(tmp_path / "my_videos")
+    labels = [
+        write_labels(open_dataset(path, tmp_path / "cache"), tmp_path / f"{path.name}.safetensors")
+        for path in (robot, videos)
+    ]
+    command = printed("python train.py --variant la_direct --data my_robot my_videos")
+    replaced = {"my_robot": str(robot), "my_videos": str(videos)}
+    run_here(command, *small, "--labels", *labels, "--out", tmp_path / "both", **replaced)
+
+
+def test_the_printed_description_is_one():
+    """Every field of the page's table is a field, and its example parses."""
+    page = (ROOT / "docs/data.md").read_text()
+    (example,) = (text for kind, text in BLOCKS if kind == "json" and "embodiment" in text)
+    assert len(parse_spec(json.loads(example), "docs/data.md").grippers) == 2
+    named = {name for row in table_after("| field |", page) for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == {field.name for field in fields(DataSpec)}
 
 
 def test_latent_commands(tmp_path):

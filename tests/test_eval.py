@@ -34,6 +34,7 @@ def cameras(index):
 TOY = """
 import numpy as np
 
+EMBODIMENT = "libero"
 CAMERAS = ("image", "wrist_image")
 ACTION_SIZE = 7
 PROPRIO_SIZE = 8

@@ -1,28 +1,25 @@
 """latent.py and label.py: both models against examples worked by hand and trained for seconds, saved models, labels."""
 
 import copy
-import io
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 from safetensors import safe_open
 from torch.utils.data import default_collate
 
-import checkpoint
 import common
+import files
 import label
 import latent
-import normalise
 import quantiser
 import train_latent
+from batches import Source
+from data import open_dataset
 from index import split_episodes
-from rlds import RldsIndex, open_index
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
 DATA = ROOT / "data" / "libero_tiny"
@@ -164,9 +161,9 @@ class PublishedQuantiser(quantiser.EMAQuantiser):
         self.updates.fill_(1)
 
 
-def test_published_recipe_collapses_and_ours_does_not(index):
+def test_published_recipe_collapses_and_ours_does_not(dataset):
     """The action tokenizer on the same data, order and weights: few codes there, most of them here."""
-    chunks = train_latent.MaskedChunks([index], [normalise.statistics(index)], 8)
+    chunks = train_latent.MaskedChunks([dataset], 8)
     batches = [default_collate([chunks[32 * step + row] for row in range(32)]) for step in range(20)]
     used = []
     for published in (True, False):
@@ -180,16 +177,16 @@ def test_published_recipe_collapses_and_ours_does_not(index):
     assert used[0] <= 4 and used[1] >= 32, used
 
 
-def test_tokenizer_is_compared_with_kmeans(index):
+def test_tokenizer_is_compared_with_kmeans(dataset):
     """Printed: codes in use, its error over the valid steps, and the error of as many means."""
-    samples = train_latent.MaskedChunks([index], [normalise.statistics(index)], 8)
+    samples = train_latent.MaskedChunks([dataset], 8)
     model = latent.ActionTokenizer(8, 7, num_codes=16, dim=16).eval()
     model.quantiser.set_codebook(torch.randn(16, 16))
     parts = {"training": samples, "held-out episodes": samples}
     line = train_latent.format_kmeans_comparison(model, parts).splitlines()[1]
     pattern = r"On held-out episodes: (\d+) of 16 .* error ([0-9.]+), ([0-9.]+) times k-means' ([0-9.]+)"
     used, error, ratio, floor = map(float, re.match(pattern, line).groups())
-    items = [samples.sample(0, step) for step in range(len(index))]
+    items = [samples.sample(0, step) for step in range(len(dataset))]
     codes, errors = [], []
     for item in items:
         item_codes, _ = model.encode(item["actions"][None], item["valid"][None])
@@ -317,7 +314,8 @@ SIZES = dict(image_size=24, patch_size=6, width=32, code_dim=8, delta=3)
 def lam():
     """A model trained on `moving_squares`."""
     torch.manual_seed(0)
-    model = latent.LatentActionModel(latent.LamSizes(**SIZES, num_blocks=1), head_size=2)
+    sizes = latent.LamSizes(**SIZES, camera="image", num_blocks=1)
+    model = latent.LatentActionModel(sizes, chunk=1, action_sizes=[2])
     generator = torch.Generator().manual_seed(0)
     return train_model(model, (lam_batch(*moving_squares(16, generator)) for _ in range(350)), 5e-3)
 
@@ -391,7 +389,7 @@ def test_second_stage_keeps_the_first_codebook_and_learns_its_own(kind, tmp_path
     text = {"text": torch.randn(6, 3, 5), "text_mask": torch.ones(6, 3, dtype=torch.bool)}
     update_once(first, {"frames": random_pairs()} | text)
     write_model(tmp_path, first)
-    second = latent.LatentActionModel(latent.LamSizes(**SIZES, stage=2, codebook=kind), head_size=2)
+    second = latent.LatentActionModel(latent.LamSizes(**SIZES, stage=2, codebook=kind), chunk=1, action_sizes=[2])
     train_latent.init_from_model(second, tmp_path)
     saved = first.state_dict()
     for name, tensor in second.state_dict().items():
@@ -412,7 +410,7 @@ def test_second_stage_keeps_the_first_codebook_and_learns_its_own(kind, tmp_path
 
 def test_losses_of_both_sets_and_the_action_head():
     """Loss = reconstruction + quantisation of both sets + 0.5 action, whose head reads the exported codes alone."""
-    model = latent.LatentActionModel(latent.LamSizes(**SIZES, stage=2), head_size=2)
+    model = latent.LatentActionModel(latent.LamSizes(**SIZES, stage=2), chunk=1, action_sizes=[2])
     for code_set in model.code_sets:
         code_set.quantiser.set_codebook(torch.randn(16, 8))
     losses = model(lam_batch(random_pairs(), torch.zeros(6, dtype=torch.long)))
@@ -487,7 +485,7 @@ def test_a_new_quantiser_trains_labels_and_loads(rlds, cache, tmp_path, monkeypa
     assert [type(code_set.quantiser) for code_set in model.code_sets] == [FiniteScalarQuantiser] * 2
     assert model.codes.quantiser.updates == 3
     label.main(label.Config(data=rlds, lam=second, out=labels, cache=cache), ONE)
-    tensors, metadata = checkpoint.load_tensors(labels)
+    tensors, metadata = files.load_tensors(labels)
     assert metadata["num_codes"] == "16" and tensors["vectors"].shape[1:] == (4, 2)
     steps = tensors["vectors"].float().tanh().add(1).mul(1.5).round()  # 0 to 3 in each dimension
     agree = (steps[..., 0] * 4 + steps[..., 1]).long() == tensors["codes"].long()
@@ -501,8 +499,8 @@ def test_a_new_quantiser_trains_labels_and_loads(rlds, cache, tmp_path, monkeypa
 def write_model(folder, model, kind="lam"):
     """Write a folder as `train_latent.py` does, as far as loading reads it, and return it."""
     folder.mkdir(exist_ok=True)
-    checkpoint.save_tensors(folder / "model.safetensors", latent.model_tensors(model))
-    checkpoint.write_json(folder / "config.json", {"kind": kind, "model": model.config})
+    files.save_tensors(folder / "model.safetensors", latent.model_tensors(model))
+    files.write_json(folder / "config.json", {"kind": kind, "model": model.config})
     return folder
 
 
@@ -560,119 +558,15 @@ def test_models_of_another_architecture_are_refused(lam, tmp_path):
         model = latent.LatentActionModel(latent.LamSizes(**SIZES | dict(num_blocks=1) | change), text_size=5)
         with pytest.raises(ValueError, match=match):
             train_latent.init_from_model(model, folder)
-    tensors, _ = checkpoint.load_tensors(folder / "model.safetensors")
+    tensors, _ = files.load_tensors(folder / "model.safetensors")
     del tensors["out.weight"]
-    checkpoint.save_tensors(folder / "model.safetensors", tensors)
+    files.save_tensors(folder / "model.safetensors", tensors)
     with pytest.raises(ValueError, match="does not fit this model: missing out.weight"):
         latent.load_lam(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samples and labels of a small data set
-
-
-@pytest.fixture
-def two(tmp_path):
-    """The index of two episodes, of 10 and 7 steps, of JPEGs in one file."""
-    rng = np.random.default_rng(0)
-    places, offset = [], 0
-    with open(tmp_path / "shard", "wb") as shard:
-        for _ in range(17):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(buffer, "JPEG")
-            shard.write(buffer.getvalue())
-            places.append((0, offset, len(buffer.getvalue())))
-            offset = shard.tell()
-    columns = {"action": rng.uniform(-1, 1, (17, 2)).astype(np.float32), "state": np.zeros((17, 1), np.float32)}
-    return RldsIndex(
-        name="two",
-        directory=tmp_path,
-        cache=tmp_path,
-        fingerprint="0123",
-        starts=np.array([0, 10, 17]),
-        columns=columns,
-        instructions=["a", "b"],
-        shards=[tmp_path / "shard"],
-        images={"image": np.array(places)},
-    )
-
-
-def labels_of(index, model, batch_size):
-    """Return the codes and c of the two episodes of `two`."""
-    return [torch.cat(part) for part in zip(*label.label_episodes(index, model, range(2), batch_size), strict=True)]
-
-
-def test_labels_do_not_depend_on_the_batch_size(lam, two):
-    """They are those of each pair alone, whose later frame is never of the next episode."""
-    (codes, vectors), (codes_3, vectors_3) = (labels_of(two, lam, batch_size) for batch_size in (64, 3))
-    assert torch.equal(codes, codes_3) and torch.allclose(vectors, vectors_3, atol=1e-2)
-    for step, later in ((0, 3), (6, 9), (8, 9), (9, 9), (10, 13), (16, 16)):
-        a, b = (lam.features(torch.from_numpy(two.image("image", s).copy())[None]) for s in (step, later))
-        expected, _ = lam.encode(a, b)
-        assert torch.equal(codes[step].long(), expected[0]), step
-
-
-def test_first_stage_labels_with_the_instruction_of_each_episode(two):
-    """The second episode's labels are made with its own instruction, also when it is labelled alone."""
-    model = latent.LatentActionModel(latent.LamSizes(**SIZES, stage=1, centre=False), text_size=64).eval()
-    model.codes.quantiser.set_codebook(torch.randn(16, 8))
-    texts = latent.text_states("words", two.instructions)
-    frames = torch.from_numpy(np.stack([two.image("image", step) for step in (10, 13)]))
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    with torch.no_grad():
-        a, b = model.features(frames)[:, None]
-        expected, wrong = (model.vectors(a, b, texts[instruction][None], mask)[0] for instruction in "ba")
-    assert not torch.allclose(expected, wrong, atol=1e-2)
-    _, (_, second) = label.label_episodes(two, model, [0, 1], texts=texts)
-    ((_, alone),) = label.label_episodes(two, model, [1], texts=texts)
-    for vectors in (second, alone):
-        assert torch.allclose(vectors[0].float(), expected[0], atol=1e-2)
-
-
-def test_frame_pairs(two, lam):
-    """Frames delta apart within the episode, normalised actions, the weight of labelled steps, padded instructions."""
-    stats = normalise.statistics(two)
-    pairs = train_latent.FramePairs([two], [stats], lam, chunk=2, action_size=2, action_fraction=0.5)
-    for step, later in ((0, 3), (7, 9), (9, 9), (10, 13), (15, 16)):
-        for frame, shown in zip(pairs.sample(0, step)["frames"], (step, later), strict=True):
-            assert np.array_equal(frame, two.image("image", shown)), step
-    actions = normalise.standardise(two.columns["action"][3:5])
-    assert np.allclose(pairs.sample(0, 3)["actions"], normalise.normalise(actions, stats["action"]))
-    weights = [pairs.sample(0, step)["weight"].item() for step in range(17)]
-    assert set(weights) == {0.0, 2.0}
-    assert pairs.sample(0, 9)["valid"].tolist() == [True, False]
-    texts = latent.text_states("words", ["a", "b c"])
-    sample = train_latent.FramePairs([replace(two, instructions=["a", "b c"])], [None], lam, texts).sample(0, 3)
-    assert sample["text_mask"].tolist() == [True, False] and torch.equal(sample["text"][0], texts["a"][0])
-    assert sample.keys() == {"frames", "text", "text_mask"}
-
-
-def test_videos_that_cannot_be_learned_from_are_refused(two, lam):
-    """Without the camera, or with no two frames delta apart."""
-    with pytest.raises(ValueError, match="camera is 'image', but two has .*front"):
-        latent.check_frames(lam.sizes, replace(two, images={"front": two.images["image"]}))
-    latent.check_frames(replace(lam.sizes, delta=9), two)
-    with pytest.raises(ValueError, match="delta is 10, but the longest episode of two has 10 frames"):
-        latent.check_frames(replace(lam.sizes, delta=10), two)
-
-
-def test_actions_that_are_not_finite_are_refused(two):
-    """With step, episode and dimension."""
-    columns = two.columns | {"action": two.columns["action"].copy()}
-    columns["action"][12, 1] = np.nan
-    with pytest.raises(ValueError, match="action of two is nan at step 2 of episode 1, dimension 1"):
-        normalise.statistics(replace(two, columns=columns))
-
-
-def test_an_episode_of_one_frame_is_paired_with_itself(two, lam):
-    """In a data set with longer ones it trains and gets labels: those of no change."""
-    index = replace(two, starts=np.array([0, 16, 17]))
-    pairs = train_latent.FramePairs([index], [normalise.statistics(index)], lam, chunk=2, action_size=2)
-    first, second = pairs.sample(0, 16)["frames"]
-    assert torch.equal(first, second)
-    _, (codes, _) = label.label_episodes(index, lam, range(2))
-    a = lam.features(first[None])
-    assert torch.equal(codes.long(), lam.encode(a, a)[0])
+# The embedded data
 
 
 def test_shipped_labels_and_tokenizer_use_their_codebooks(tmp_path):
@@ -680,9 +574,9 @@ def test_shipped_labels_and_tokenizer_use_their_codebooks(tmp_path):
     with safe_open(DATA / "labels.safetensors", "numpy") as file:
         codes = file.get_tensor("codes")
     assert min(len(np.unique(codes[:, position])) for position in range(4)) >= 12
-    index = open_index(DATA, tmp_path)
-    training, _ = split_episodes(index, 0.1, 0)
-    samples = train_latent.MaskedChunks([index], [normalise.statistics(index)], 8, episodes=[training])
+    dataset = open_dataset(DATA, tmp_path)
+    training, _ = split_episodes(dataset, 0.1, 0)
+    samples = train_latent.MaskedChunks([dataset], 8, sources=[Source(0, training)])
     line = train_latent.format_kmeans_comparison(latent.load_tokenizer(DATA / "tokenizer"), {"training": samples})
     pattern = r"On training: (\d+) of 256 codes in use, squared error [0-9.]+, ([0-9.]+) times"
     used, ratio = re.match(pattern, line).groups()

@@ -12,9 +12,9 @@ from model_helpers import CHUNK, TEXTS, batch_for, build, images_for
 from safetensors import safe_open
 
 import train
-from backbone import lora_layers, merge_lora
 from batches import prepare_images
-from checkpoint import load_tensors, save_tensors
+from files import load_tensors, save_tensors
+from lora import lora_layers, merge_lora
 from model import ACTION_LOSSES, VARIANTS
 from policy import Policy, load_vla
 
@@ -87,7 +87,9 @@ def test_steps_past_the_end_reach_no_loss(variant):
         for name in ("action_loss", "latent_loss"):
             if name in before:
                 assert torch.equal(before[name], after[name]) == same, name
-        assert not same or all(torch.equal(before[name], after[name]) for name in before)
+        if same:
+            pairs = [(before[kind], after[kind]) for kind in ("samples", "sums")]
+            assert all(torch.equal(old[name], new[name]) for old, new in pairs for name in old)
 
 
 @torch.no_grad()
@@ -120,6 +122,12 @@ def test_image_gate_scales_the_keys_alone():
 # The five variants
 
 
+def accuracy(losses):
+    """Return the share of codes predicted right."""
+    right, count = losses["sums"]["latent_accuracy"]
+    return right / count
+
+
 @pytest.mark.parametrize("field, names", (("variant", VARIANTS), ("loss", ACTION_LOSSES)))
 def test_command_line_offers_every_variant_and_action_loss(field, names, capsys):
     """train.py takes each row of VARIANTS and of ACTION_LOSSES, nothing else, and lists them in its error."""
@@ -150,9 +158,9 @@ def test_losses_fall_on_one_batch(variant):
     assert ("latent_loss" in last) == (variant != "baseline")
     if variant != "baseline":
         assert last["latent_loss"] < 0.5 * first["latent_loss"]
-    assert ("latent_accuracy" in last) == (variant in CODES)
-    if "latent_accuracy" in last:
-        assert first["latent_accuracy"] < 0.5 and last["latent_accuracy"] > 0.8
+    assert ("latent_accuracy" in last["sums"]) == (variant in CODES)
+    if variant in CODES:
+        assert accuracy(first) < 0.5 and accuracy(last) > 0.8
 
 
 @torch.no_grad()
@@ -267,7 +275,7 @@ def test_latent_placeholders_are_ordered_time_first():
     expected = -sum(logits[2 * h + p, batch["codes"][0, h, p]] for h in range(CHUNK) for p in range(2)) / (2 * CHUNK)
     assert vla(batch)["latent_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     best = logits.argmax(-1).view(1, CHUNK, 2)
-    assert vla(batch | {"codes": best})["latent_accuracy"] == 1
+    assert accuracy(vla(batch | {"codes": best})) == 1
 
 
 @torch.no_grad()
@@ -302,7 +310,7 @@ def test_continuous_targets_by_hand(variant):
     expected = ((guess - batch["vectors"]).square().mean((2, 3)) * batch["valid"]).sum() / (4 * CHUNK)
     losses = vla(batch)
     assert losses["latent_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert "latent_accuracy" not in losses
+    assert not losses["sums"]
 
 
 def test_align_layer_moves_the_reach_of_the_loss():
@@ -315,7 +323,7 @@ def test_more_placeholders_for_the_baseline():
     """3 per step make 12 placeholders that all reach the head; the loss stays that of the actions."""
     vla = build("baseline", placeholders_per_step=3)
     losses = vla(batch_for(vla))
-    assert vla.queries.shape == (3 * CHUNK, 64) and losses.keys() == {"loss", "action_loss"}
+    assert vla.queries.shape == (3 * CHUNK, 64) and losses.keys() == {"loss", "action_loss", "samples", "sums"}
     losses["loss"].backward()
     assert (vla.queries.grad.abs().amax(1) > 0).all()
 
@@ -440,3 +448,95 @@ def test_folder_that_is_no_run_is_refused(tmp_path):
     """The missing file is named."""
     with pytest.raises(FileNotFoundError, match="has no config.json: it is not a run"):
         load_vla(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several embodiments in one model
+
+ARM = ("arm", 7, 8, 2)  # name, action size, proprio size, cameras
+TWO_ARMS = ("two arms", 14, 14, 3)
+MIXED = dict(embodiments=(ARM, TWO_ARMS), action_size=14, proprio_size=14, cameras=3)
+
+
+def mixed_batch(vla, members):
+    """Return a random batch with the embodiment number of each sample, padded as `ActionChunks` pads."""
+    batch = batch_for(vla, len(members))
+    sizes = torch.tensor([entry[1:] for entry in (ARM, TWO_ARMS)])[torch.tensor(members)]  # [B, 3]
+    action, proprio, cameras = sizes.unbind(1)
+    inside = torch.arange(14) < action[:, None]
+    batch["actions"] = batch["actions"] * inside[:, None]
+    batch["action_weight"] = inside * (14 / action[:, None])
+    batch["proprio"] = torch.rand(len(members), 14) * (torch.arange(14) < proprio[:, None])
+    for number, camera in enumerate(batch["images"]):
+        camera *= (cameras > number)[:, None, None, None].to(torch.uint8)
+    return batch | {"embodiment": torch.tensor(members), "num_cameras": cameras}
+
+
+def alone(vla, number):
+    """Return a model of one embodiment with the weights that `vla`, of several, uses for it."""
+    name, action_size, proprio_size, cameras = vla.config.embodiments[number]
+    sizes = dict(action_size=action_size, proprio_size=proprio_size, cameras=cameras)
+    single = build(vla.config.variant, **sizes)
+    state = {}
+    for key, value in vla.state_dict().items():
+        if not key.startswith(("head.proprio.", "head.out.")):
+            state[key] = value
+        elif f".layers.{number}." in key:
+            state[key.replace(f".layers.{number}", "")] = value
+    single.load_state_dict(state)
+    return single
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embodiments_share_a_model_and_lose_what_they_lose_alone(variant):
+    """Of a mixed batch each sample's losses are those of a model of its embodiment alone, without padding; the loss is
+    their mean."""
+    vla = build(variant, **MIXED)
+    members = [0, 1, 1, 0]
+    batch = mixed_batch(vla, members)
+    together = vla(batch)
+    for number, (_, action_size, proprio_size, cameras) in enumerate(vla.config.embodiments):
+        rows = [row for row, member in enumerate(members) if member == number]
+        part = {name: value[rows] for name, value in batch.items() if torch.is_tensor(value)}
+        part["images"] = [camera[rows] for camera in batch["images"][:cameras]]
+        part["text"] = [batch["text"][row] for row in rows]
+        part["actions"] = part["actions"][:, :, :action_size]
+        part["action_weight"] = torch.ones(len(rows), action_size)
+        part["proprio"] = part["proprio"][:, :proprio_size]
+        losses = alone(vla, number)(part)
+        for kind, values in losses["samples"].items():
+            assert torch.allclose(values, together["samples"][kind][rows], rtol=1e-4, atol=1e-6), kind
+    assert together["action_loss"].item() == pytest.approx(together["samples"]["action_loss"].mean().item(), rel=1e-5)
+
+
+def test_what_an_embodiment_lacks_reaches_nothing():
+    """Pixels of a third camera, numbers of the padding: no output of the arm changes, that of the two arms does."""
+    vla = build("la_cond", **MIXED)
+    batch = mixed_batch(vla, [0, 1])
+    other = dict(batch, images=[*batch["images"][:2], 255 - batch["images"][2]])
+    other["proprio"] = batch["proprio"] + (torch.arange(14) >= 8)
+    with torch.no_grad():
+        (before, _), (after, _) = vla.predict(batch), vla.predict(other)
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
+
+
+def test_each_embodiment_has_its_own_small_layers():
+    """The loss of one reaches its projection of the state and its output layer, and not those of the other."""
+    vla = build("baseline", **MIXED)
+    vla(mixed_batch(vla, [0, 0]))["loss"].backward()
+    for layer in (vla.head.proprio, vla.head.out):
+        own, other = (each.weight.grad for each in layer.layers)
+        assert own.abs().max() > 0 and other.abs().max() == 0
+
+
+def test_video_alone_trains_the_latent_loss():
+    """Without action weight or any action the action loss is 0 and reaches nothing; the latent loss trains."""
+    for sizes in ({}, {"action_size": 0}):
+        vla = build("la_direct", **sizes)
+        batch = batch_for(vla)
+        batch["action_weight"] = torch.zeros_like(batch["action_weight"])
+        losses = vla(batch)
+        losses["loss"].backward()
+        assert losses["action_loss"] == 0 and losses["latent_loss"] > 0
+        assert vla.head.queries.grad is None or vla.head.queries.grad.abs().max() == 0
+        assert vla.latent_head.weight.grad.abs().max() > 0

@@ -18,6 +18,7 @@ import latent
 import normalise
 import probe
 import train_latent
+from data import open_dataset
 from index import episode_steps, later_steps, split_episodes, step_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
@@ -153,15 +154,16 @@ def test_examples_come_from_different_episodes_first():
 # Steps of a data set
 
 
-def test_chunks_and_later_frames_stay_in_their_episode(index):
+def test_chunks_and_later_frames_stay_in_their_episode(index, dataset):
     """Near its end, chunks are shorter and the later frame is the last one."""
     start, end = index.starts[2:4]
     assert later_steps(index, np.array([start, end - 3, end - 1]), 2).tolist() == [start + 2, end - 1, end - 1]
-    means, stored = probe.mean_actions(index, 4), normalise.standardise(index.columns["action"])
+    means, stored = probe.mean_actions(dataset, np.arange(len(dataset)), 4), index.columns["action"]
     for step, last in ((start, start + 4), (end - 2, end), (end - 1, end)):
         assert np.allclose(means[step], stored[step:last].mean(0), atol=1e-6)
-    _, valid = probe.action_chunks(index, np.array([end - 2]), 4)
-    assert valid.tolist() == [[True, True, False, False]]
+    steps, valid = probe.chunks_of_steps(dataset, np.array([end - 2]), 4)
+    assert steps.tolist() == [[end - 2] + [end - 1] * 3] and valid.tolist() == [[True, True, False, False]]
+    assert probe.episodes_of(dataset, np.array([start - 1, start, end - 1, end])).tolist() == [1, 2, 2, 3]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def lam(stages):
     return stages[1]
 
 
-def test_the_command(rlds, cache, index, lam, tokenizer, tmp_path, script_here):
+def test_the_command(rlds, cache, dataset, lam, tokenizer, tmp_path, script_here):
     """It prints every part, writes the pictures, and reports what a regression here on labels made here gives."""
     out = tmp_path / "out"
     flags = ("--data", rlds, "--cache", cache, "--lam", lam, "--tokenizer", tokenizer, "--out", out)
@@ -201,16 +203,16 @@ def test_the_command(rlds, cache, index, lam, tokenizer, tmp_path, script_here):
     report = json.loads((out / "probe.json").read_text())
     tokens = report["tokenizer"]
     assert len(tokens["error"]) == len(tokens["spread"]) == 7 and tokens["spread"][3] == 0
-    assert_report_of_lam(report["lam"], index, lam)
+    assert_report_of_lam(report["lam"], dataset, lam)
 
 
-def assert_report_of_lam(report, index, lam):
+def assert_report_of_lam(report, dataset, lam):
     """Fail unless the report on the model in the folder `lam` has all parts and the R2 of its labels."""
-    split = split_episodes(index, 0.25, 0)
+    split = split_episodes(dataset, 0.25, 0)
     held_out = split[1]
     assert report["fingerprint"] == latent.fingerprint(lam) and report["stage"] == 2
     assert report["held_out_episodes"] == held_out.tolist()
-    assert report["steps"] == len(episode_steps(index, held_out))
+    assert report["steps"] == len(episode_steps(dataset, held_out))
     assert len(report["usage"]) == len(report["perplexity"]) == 4
     assert report["reconstruction"].keys() == {"error", "copy_error", "ratio", "other_ratio"}
     assert 0 <= report["transfer"] <= 1
@@ -218,10 +220,10 @@ def assert_report_of_lam(report, index, lam):
     assert r2.keys() == {"z", "codes", "shuffled z", "shuffled codes"}
     assert all(len(row) == 7 and row[3] is None and row[0] <= 1 for row in r2.values())  # [3] never moves
     both = np.concatenate(split)
-    labels = label.label_episodes(index, latent.load_lam(lam), both)
+    labels = label.label_episodes(dataset, latent.load_lam(lam), both)
     codes, vectors = map(torch.cat, zip(*labels, strict=True))
-    steps = episode_steps(index, both)
-    actions, episodes = probe.mean_actions(index, 8)[steps], step_episodes(index)[steps]
+    steps = episode_steps(dataset, both)
+    actions, episodes = probe.mean_actions(dataset, steps, 8), step_episodes(dataset)[steps]
     one_hot = torch.nn.functional.one_hot(codes.long(), 16).flatten(1).double().numpy()
     for name, x in (("z", vectors.flatten(1).double().numpy()), ("codes", one_hot)):
         expected = probe.probe(x, actions, episodes, *split)
@@ -231,22 +233,22 @@ def assert_report_of_lam(report, index, lam):
 
 @torch.no_grad()
 @pytest.mark.parametrize("stage", (1, 2))
-def test_decoder_gives_what_the_model_gives_for_single_pairs(index, stages, stage):
+def test_decoder_gives_what_the_model_gives_for_single_pairs(dataset, stages, stage):
     """Features, codes of each set and the prediction with the instruction's text (stage 1)."""
-    steps = np.arange(*index.starts[1:3])[::4]
-    texts = latent.text_states("words", index.instructions)
+    steps = np.arange(*dataset.starts[1:3])[::4]
+    texts = latent.text_states("words", dataset.instructions())
     model = latent.load_lam(stages[stage - 1])
     torch.nn.init.normal_(model.out.weight, std=0.01)  # two updates hardly change what the decoder predicts
-    decoder = probe.FramePairDecoder(model, index, texts if stage == 1 else None)
+    decoder = probe.FramePairDecoder(model, dataset, texts if stage == 1 else None)
     a, b, codes, text = decoder.encode(steps)
     predicted = decoder.decode(a, codes, text)
     assert len(codes) == stage and len(text) == (2 if stage == 1 else 0)
     for row, step in enumerate(steps):
         pair = []
-        for shown in (step, min(step + 6, index.starts[2] - 1)):
-            frame = model.features.resize(index.image("image", shown))
+        for shown in (step, min(step + 6, dataset.starts[2] - 1)):
+            frame = model.features.resize(dataset.image("image", shown))
             pair.append(model.features(torch.from_numpy(frame.copy())[None]))
-        own_text = [texts[index.instructions[1]][None], torch.ones(1, 6, dtype=torch.bool)] if stage == 1 else []
+        own_text = [texts[dataset.instruction(step)][None], torch.ones(1, 6, dtype=torch.bool)] if stage == 1 else []
         vectors = model.vectors(*pair, *own_text)
         own_codes = [s.quantiser.nearest(c) for s, c in zip(model.code_sets, vectors, strict=True)]
         assert all(torch.equal(c[row], own[0]) for c, own in zip(codes, own_codes, strict=True))
@@ -256,15 +258,15 @@ def test_decoder_gives_what_the_model_gives_for_single_pairs(index, stages, stag
 
 
 @torch.no_grad()
-def test_measures_of_the_decoder_equal_those_of_single_steps(index, lam):
+def test_measures_of_the_decoder_equal_those_of_single_steps(dataset, lam):
     """Each code is decoded with the irrelevant codes of the frame that it is decoded on."""
     model = latent.load_lam(lam)
     torch.nn.init.normal_(model.out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
-    decoder = probe.FramePairDecoder(model, index, None)
-    steps = np.arange(index.starts[3])
+    decoder = probe.FramePairDecoder(model, dataset, None)
+    steps = np.arange(dataset.starts[3])
     measured = probe.decode_measures(decoder, steps)
     singles = [decoder.encode(np.array([step])) for step in steps]
-    episodes, rng = step_episodes(index)[steps], np.random.default_rng(0)
+    episodes, rng = step_episodes(dataset)[steps], np.random.default_rng(0)
     mixed = rng.permutation(len(steps))
     target = probe.other_episode_rows(episodes, rng)
     other = probe.other_episode_rows(episodes, rng)
@@ -288,9 +290,9 @@ def test_measures_of_the_decoder_equal_those_of_single_steps(index, lam):
     assert measured["transfer"] == pytest.approx(np.mean(wins), abs=1e-6)
 
 
-def test_probes_use_the_right_inputs(index):
+def test_probes_use_the_right_inputs(index, dataset):
     """Vectors that hold the actions predict them, random ones do not, and neither do shuffled ones."""
-    actions, episodes = probe.mean_actions(index, 8), step_episodes(index)
+    actions, episodes = probe.mean_actions(dataset, np.arange(len(dataset)), 8), step_episodes(index)
     fitted, held_out = split_episodes(index, 0.25, 0)
     rng = np.random.default_rng(0)
     moving = [0, 1, 2, 4, 5, 6]
@@ -300,21 +302,52 @@ def test_probes_use_the_right_inputs(index):
         assert least <= r2.min() and r2.max() <= most
 
 
-def test_tokenizer_is_measured_in_the_units_of_the_data(index, rlds, tokenizer):
-    """Against the samples of training, one at a time."""
-    model, split = latent.load_tokenizer(tokenizer), probe.held_out(tokenizer, index, 300)
-    report = probe.probe_tokenizer(model, index, probe.Config(rlds, tokenizer=tokenizer), split)
-    stored, stats = normalise.standardise(index.columns["action"]), normalise.statistics(index)
-    chunks = batches.ActionChunks([index], [stats], [], 8)
+def test_tokenizer_is_measured_in_the_units_of_the_data(index, dataset, rlds, tokenizer):
+    """Against the samples of training, one at a time; the gripper is -1 open and 1 closed, as it is stored."""
+    model, split = latent.load_tokenizer(tokenizer), probe.held_out(tokenizer, dataset, 300)
+    report = probe.probe_tokenizer(model, dataset, probe.Config(rlds, tokenizer=tokenizer), split)
+    stored = np.asarray(index.columns["action"])
+    normaliser = normalise.Normaliser(dataset.stats["action"])
+    chunks = batches.ActionChunks([dataset], [["image"]], 8)
     errors = []
     for step in episode_steps(index, split[1]):
         sample = chunks.sample(0, step)
         codes, _ = model.encode(sample["actions"][None], sample["valid"][None])
         count = int(sample["valid"].sum())
-        decoded = normalise.unnormalise(model.decode(codes)[0].numpy(), stats["action"])
+        decoded = normaliser.unnormalise(model.decode(codes)[0].numpy())
+        decoded[:, 6] = 1 - 2 * decoded[:, 6]
         errors.append((decoded[:count] - stored[step : step + count]) ** 2)
     assert report["error"] == pytest.approx(np.sqrt(np.concatenate(errors).mean(0)), rel=1e-4)
     assert report["steps"] == len(errors)
+    assert report["spread"][6] > 0.9 and report["dimensions"] == dataset.spec.action_names
+
+
+def test_data_of_a_mixture_is_measured_with_its_own_description(rlds, rlds_latents, cache, tmp_path):
+    """The second of two embodiments: its dimensions, in stored units; with another description nothing is measured."""
+    spec = tmp_path / "spec.json"
+    content = {"embodiment": "five", "cameras": {"front": "observation/image"}, "action": ["action[2:7]"]}
+    content["grippers"] = [{"index": 4, "open": -1, "closed": 1}]
+    spec.write_text(json.dumps(content))
+    settings = dict(data=[rlds, rlds_latents], spec=("libero", str(spec)), cache=cache, max_steps=1)
+    settings |= dict(global_batch_size=8, val_fraction=0.25)
+    tokenizer, lam = tmp_path / "tokenizer", tmp_path / "lam"
+    train_latent.train(train_latent.TokenizerTraining(out=tokenizer, num_codes=8, code_dim=8, **settings), ONE)
+    train_latent.train(train_latent.LamTraining(out=lam, image_size=24, width=16, delta=6, **settings), ONE)
+    config = probe.Config(rlds_latents, lam, tokenizer, out=tmp_path / "out", cache=cache, spec=str(spec))
+    report = probe.main(config)
+    assert report["lam"]["dimensions"] == report["tokenizer"]["dimensions"] == [f"action {n}" for n in range(5)]
+    assert len(report["lam"]["r2"]["z"]) == 5
+    dataset = open_dataset(rlds_latents, cache, str(spec))
+    _, held_out = split_episodes(dataset, 0.25, 0)
+    steps, valid = probe.chunks_of_steps(dataset, episode_steps(dataset, held_out), 8)
+    spread = dataset.stored_action(steps[valid]).std(0)
+    assert report["tokenizer"]["spread"] == pytest.approx(spread.tolist(), rel=1e-4) and spread[4] > 0.9
+    first = probe.main(probe.Config(rlds, None, tokenizer, out=tmp_path / "out", cache=cache))
+    assert len(first["tokenizer"]["error"]) == 7
+    content["embodiment"] = "six"
+    spec.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="sizes {'libero': 7, 'five': 5}, but released, .*spec.json, has 5 of six"):
+        probe.main(replace(config, lam=None))
 
 
 def test_video_without_actions_has_no_regression_but_all_the_rest(video, cache, tmp_path):

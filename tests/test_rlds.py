@@ -14,8 +14,8 @@ from data_helpers import change_episode, copy_rlds, equal_batches, make_chunks, 
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from normalise import statistics
-from rlds import decode_jpeg, is_dataset, open_index, read_records
+from data import open_dataset
+from rlds import decode_image, is_dataset, open_index, read_records
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Index
@@ -28,33 +28,34 @@ def test_index_equals_what_tensorflow_datasets_reads(as_tfds_reads, index):
         assert (index.starts[number], index.starts[number + 1]) == (at, at + len(steps))
         for step in steps:
             for camera in ("image", "wrist_image"):
-                assert index.stored_bytes(camera, at) == step["observation"][camera]
+                assert index.stored_bytes(f"observation/{camera}", at) == step["observation"][camera]
             for name in ("state", "joint_state"):
-                assert np.array_equal(index.columns[name][at], step["observation"][name])
+                assert np.array_equal(index.columns[f"observation/{name}"][at], step["observation"][name])
             for name in ("action", "reward", "is_first", "is_last"):
                 assert np.array_equal(index.columns[name][at], step[name]), name
-            assert index.instructions[number] == step["language_instruction"].decode()
+            assert index.texts["language_instruction"][at] == step["language_instruction"].decode()
+            assert index.texts["episode_metadata/file_path"][at] == metadata["file_path"].decode()
             at += 1
         stored = {name: values[number] for name, values in index.metadata.items()}
         expected = {name: value.decode() if isinstance(value, bytes) else value for name, value in metadata.items()}
         assert stored == expected | {"state": metadata["state"].tolist()}
-    assert len(index) == at and len(index.instructions) == 8
+    assert len(index) == at and index.num_episodes == 8
 
 
-def test_image_is_the_decoded_jpeg_and_options_reproduce_it(index):
-    """Frames decode to what was drawn; storing one again with the index's options gives the stored bytes back."""
-    frame = index.image("image", 3)
-    column = 40 if index.instructions[0].endswith("plate") else 20
+def test_image_is_the_decoded_jpeg_and_options_reproduce_it(dataset):
+    """Frames decode to what was drawn; storing one again with the data's options gives the stored bytes back."""
+    frame = dataset.image("image", 3)
+    column = 40 if dataset.instruction(0).endswith("plate") else 20
     assert frame.shape == (96, 96, 3) and frame.dtype == np.uint8
     square = frame[10:22, column + 4 : column + 16].astype(int)  # it begins at row 2 t = 6
     assert np.abs(square - (220, 200, 40)).max() < 50
     pixels = np.full((96, 96, 3), 90, np.uint8)
     pixels[30:50, 30:50] = (220, 200, 40)
     for camera, quality in (("image", 85), ("wrist_image", 70)):
-        options = index.storage_options(camera)
+        options = dataset.storage_options(camera)
         assert options.pop("size") == 96
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", **options)
+        Image.fromarray(pixels).save(buffer, **options)
         assert buffer.getvalue() == picture(90, (30, 30), quality)
 
 
@@ -68,6 +69,7 @@ def test_second_opening_reads_the_cache(rlds, tmp_path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = open_index(folder, tmp_path / "cache")
     assert np.array_equal(second.columns["action"], first.columns["action"]) and second.fingerprint == first.fingerprint
+    assert dict(second.metadata) == dict(first.metadata) and dict(second.texts).keys() == first.texts.keys()
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.cache.name]
 
 
@@ -81,8 +83,8 @@ def test_changed_shard_is_indexed_anew(rlds, index, tmp_path):
         path.write_bytes(content)
     second = open_index(folder, tmp_path / "cache")
     assert second.fingerprint != first.fingerprint and second.cache != first.cache
-    episodes = np.split(index.columns["action"], index.starts[1:-1])
-    moved = np.split(second.columns["action"], second.starts[1:-1])
+    episodes = np.split(np.asarray(index.columns["action"]), index.starts[1:-1])
+    moved = np.split(np.asarray(second.columns["action"]), second.starts[1:-1])
     assert np.array_equal(moved[0], episodes[-len(episodes) // 2]) and len(moved) == len(episodes)
 
 
@@ -100,7 +102,7 @@ def test_decoded_pixels_are_pillows(mode, subsampling):
     noise = np.random.default_rng(0).integers(0, 256, (37, 51, len(mode)), dtype=np.uint8)
     options = {} if mode == "L" else {"subsampling": subsampling}
     Image.fromarray(noise.squeeze()).save(buffer, "JPEG", quality=90, **options)
-    decoded = decode_jpeg(buffer.getvalue())
+    decoded = decode_image(buffer.getvalue())
     assert decoded.shape == (37, 51, 3) and decoded.dtype == np.uint8
     assert np.array_equal(decoded, np.asarray(Image.open(buffer).convert("RGB")))
 
@@ -185,13 +187,13 @@ def test_shard_that_becomes_unreadable_is_named(fault, message, rlds, tmp_path):
     path = index.shards[1]
     last = len(index) - 1
     if fault == "cut":
-        path.write_bytes(path.read_bytes()[: int(index.images["image"][last, 1]) + 10])
+        path.write_bytes(path.read_bytes()[: int(index.images["observation/image"][last][1]) + 10])
     else:
         path.unlink()
-    expected = rf"{path.name}: camera image at step \d+ of episode 7 cannot be used: .*{message}.* Copy it again"
+    expected = rf"{path.name}: camera observation/image at step \d+ of episode 7 cannot be used: .*{message}.* Copy it"
     with pytest.raises(ValueError, match=expected):
-        index.image("image", last)
-    assert index.image("image", 0).shape == (96, 96, 3)
+        index.image("observation/image", last)
+    assert index.image("observation/image", 0).shape == (96, 96, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,13 +236,13 @@ def test_wrong_record_is_named_at_opening(fault, rlds, tmp_path, capsys):
     expected = rf"{path.name}: record at byte [1-9]\d*: .*{message}.* \(episode 1\). Repair or remove this episode"
     with pytest.raises(ValueError, match=expected):
         open_index(folder, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    assert not any((tmp_path / "cache").iterdir())
     errors, lines = run_check(folder, capsys)
     assert errors == 1 and re.search(expected, lines[0]) and "found in 7 episodes" in lines[-1]
 
 
 def encode(pixels, kind):
-    """Return pixels u8 [h, w, 3] as the bytes of an image file."""
+    """Return pixels [h, w] or [h, w, 3] as the bytes of an image file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
@@ -250,23 +252,24 @@ WRONG_IMAGES = {
     "no image": b"no image",
     "empty": b"",
     "truncated": picture(90, (0, 0), 80)[:-300],
-    "PNG": encode(np.full((96, 96, 3), 90, np.uint8), "PNG"),
+    "GIF": encode(np.full((96, 96, 3), 90, np.uint8), "GIF"),
+    "16 bits": encode(np.full((96, 96), 9000, np.uint16), "PNG"),
     "another size": encode(np.zeros((96, 64, 3), np.uint8), "JPEG"),
 }
 
 
 @pytest.mark.parametrize("fault", WRONG_IMAGES)
-def test_undecodable_jpeg_is_named(fault, rlds, stats, tmp_path, capsys, monkeypatch):
+def test_unusable_image_is_named(fault, rlds, tmp_path, capsys, monkeypatch):
     """When it is used, in this process or a data worker: shard, camera, step and episode. The check finds it."""
     folder, path = change_episode(rlds, tmp_path, {"/image": replace_step(5, WRONG_IMAGES[fault])})
-    index = open_index(folder, tmp_path / "cache")
-    samples = make_chunks(index, stats)
-    step = int(index.starts[1]) + 5
-    message = f"{path.name}: camera image at step 5 of episode 1 cannot be used: .* Copy it again"
-    (position,) = (p for p in range(len(index)) if samples.place(p) == (0, step))
+    dataset = open_dataset(folder, tmp_path / "cache")
+    samples = make_chunks(dataset)
+    step = int(dataset.starts[1]) + 5
+    message = f"{path.name}: camera observation/image at step 5 of episode 1 cannot be used: .* Copy it again"
+    (position,) = (p for p in range(len(dataset)) if samples.place(p) == (0, step))
     with pytest.raises(ValueError, match=message):
         list(DataLoader(samples, sampler=[position]))
-    if fault == "PNG":
+    if fault == "GIF":
         monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # s, to leave a failed worker
         with pytest.raises(ValueError, match=message):
             list(DataLoader(samples, sampler=[position], num_workers=1))
@@ -276,23 +279,31 @@ def test_undecodable_jpeg_is_named(fault, rlds, stats, tmp_path, capsys, monkeyp
     assert errors == 1 and re.search(message, lines[0])
 
 
+def test_png_between_jpegs_is_read(rlds, tmp_path):
+    """An image is decoded as what it is, whatever the metadata says of its encoding."""
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    folder, _ = change_episode(rlds, tmp_path, {"/image": replace_step(5, encode(pixels, "PNG"))})
+    dataset = open_dataset(folder, tmp_path / "cache")
+    assert np.array_equal(dataset.image("image", int(dataset.starts[1]) + 5), pixels)
+
+
 NONFINITE = (("action", np.nan), ("state", np.inf), ("state", -np.inf), ("reward", np.nan))
 
 
 @pytest.mark.parametrize("column, value", NONFINITE)
 def test_number_that_is_not_finite_is_named(column, value, rlds, tmp_path, capsys):
-    """Before training, if of an action or of the proprio: shard, step, episode, dimension. The check finds all."""
+    """Before training, if of an action or of the state: shard, step, episode, dimension. The check finds it."""
     feature, width = {"action": ("/action", 7), "state": ("observation/state", 8), "reward": ("/reward", 1)}[column]
     folder, path = change_episode(rlds, tmp_path, {feature: replace_number(4 * width + width - 1, value)})
-    index = open_index(folder, tmp_path / "cache")
+    dataset = open_dataset(folder, tmp_path / "cache")
     message = f"{path.name}: {column} of made is {value} at step 4 of episode 1, dimension {width - 1} .1 such.* Repair"
-    if column == "reward":
-        assert statistics(index)
+    errors, lines = run_check(folder, capsys)
+    if column == "reward":  # which nothing uses
+        assert dataset.stats and errors == 0
     else:
         with pytest.raises(ValueError, match=message):
-            statistics(index)
-    errors, lines = run_check(folder, capsys)
-    assert errors == 1 and re.search(message, lines[0])
+            dataset.stats  # noqa: B018
+        assert errors == 1 and re.search(message, lines[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,18 +317,20 @@ def first_steps(count):
     return {name: lambda v, n=n * count: v[:n] for name, n in (widths | dict.fromkeys(single, 1)).items()}
 
 
-def test_episode_of_no_step_is_left_out(rlds, index, stats, tmp_path, capsys):
+def test_episode_of_no_step_is_left_out(rlds, dataset, tmp_path, capsys):
     """What remains is as if it were not there, to the sample; the check warns and finds no error."""
     folder, path = change_episode(rlds, tmp_path, first_steps(0))
-    shorter = open_index(folder, tmp_path / "cache")
-    lengths = np.delete(np.diff(index.starts), 1)
+    shorter = open_dataset(folder, tmp_path / "cache")
+    lengths = np.delete(np.diff(dataset.starts), 1)
     assert np.array_equal(np.diff(shorter.starts), lengths)
-    assert len(shorter.instructions) == len(shorter.metadata["seed"]) == 7
-    assert shorter.instructions == index.instructions[:1] + index.instructions[2:]
-    before, after = int(index.starts[1]) - 1, int(index.starts[2])  # the steps around the missing episode
-    for shift, step in ((0, before), (after - int(index.starts[1]), after)):
-        sample = make_chunks(shorter, stats).sample(0, step - shift)
-        assert equal_batches(sample, make_chunks(index, stats).sample(0, step))
+    assert shorter.num_episodes == len(shorter.metadata["seed"]) == 7
+    instructions = [dataset.instruction(start) for start in dataset.starts[:-1]]
+    assert [shorter.instruction(start) for start in shorter.starts[:-1]] == instructions[:1] + instructions[2:]
+    shorter.stats = dataset.stats  # or what the missing steps change in them would show
+    before, after = int(dataset.starts[1]) - 1, int(dataset.starts[2])  # the steps around the missing episode
+    for shift, step in ((0, before), (after - int(dataset.starts[1]), after)):
+        sample = make_chunks(shorter).sample(0, step - shift)
+        assert equal_batches(sample, make_chunks(dataset).sample(0, step))
     errors, lines = run_check(folder, capsys)
     message = rf"warning: .*{path.name}: record at byte \d+: the episode has 0 steps and is left out \(episode 1"
     assert errors == 0 and re.search(message, lines[0])
@@ -334,11 +347,14 @@ def blank(texts):
 
 
 ODD_EPISODES = {
-    "one step": (first_steps(1), 1, ["has 1 steps"]),
+    "one step": (first_steps(1), 1, [r"{path}: record at byte \d+: the episode has 1 steps \(episode 1\)"]),
     "no motion": (
         {"/action": never_change, "/language_instruction": blank},
         8,
-        ["instruction is empty", "action never changes"],
+        [
+            "made/1.0.0: the instruction is empty in 1 episodes, the first is 1",
+            r"{path}: the action never changes in the \d+ steps of episode 1",
+        ],
     ),
 }
 
@@ -348,12 +364,11 @@ def test_odd_episodes_train_and_are_mentioned(oddity, rlds, tmp_path, capsys):
     """One step; no instruction; actions that never change, in an episode or in a dimension of the whole data set."""
     changes, num_valid, warnings = ODD_EPISODES[oddity]
     folder, path = change_episode(rlds, tmp_path, changes)
-    index = open_index(folder, tmp_path / "cache")
-    sample = make_chunks(index, statistics(index)).sample(0, int(index.starts[1]))
+    dataset = open_dataset(folder, tmp_path / "cache")
+    sample = make_chunks(dataset).sample(0, int(dataset.starts[1]))
     assert sample["valid"].tolist() == [True] * num_valid + [False] * (8 - num_valid)
     assert (sample["actions"][:, 3] == 0).all()
     errors, lines = run_check(folder, capsys)
     assert errors == 0 and len(lines) == len(warnings) + 2
-    for line, warning in zip(lines, warnings):
-        assert re.search(rf"warning: .*{path.name}: record at byte \d+: .*{warning}.* \(episode 1\)", line)
-    assert re.search(r"warning: .*: dimension 3 of action is 0.0 at all steps", lines[-2])
+    for warning in [*warnings, "made/1.0.0: dimension 3 of the action is 0 at all steps"]:
+        assert sum(bool(re.match(f"warning: .*{warning}".format(path=path.name), line)) for line in lines) == 1

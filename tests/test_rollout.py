@@ -9,7 +9,7 @@ from eval_helpers import episode
 from PIL import Image
 
 import rollout
-from rollout import encode_jpeg
+from rollout import encode_image
 
 
 class Recorder:
@@ -56,7 +56,7 @@ def test_observation_equals_the_training_path(sim, cameras):
     (image, wrist), proprio = rollout.policy_observation(sim, cameras)
     observed = sim.observe()
     for pixels, name, quality in ((image, "image", 85), (wrist, "wrist_image", 70)):
-        stored = encode_jpeg(observed[name], 96, quality=quality)
+        stored = encode_image(observed[name], 96, quality=quality)
         assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(stored))))
     assert np.array_equal(proprio, observed["state"]) and proprio.dtype == np.float32
     (only,), _ = rollout.policy_observation(sim, {"wrist_image": cameras["wrist_image"]})

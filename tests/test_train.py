@@ -30,15 +30,24 @@ import common
 import data
 import demos
 import eval as evaluation
+import files
+import inspection
 import label
 import latent
 import policy as policies
+import prepare
 import targets
 import train
 import train_latent
 from index import split_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def dataset(rlds, cache):
+    """The data set that the runs are trained on."""
+    return data.open_dataset(rlds, cache)
 
 
 def log_of(run):
@@ -60,11 +69,16 @@ def contents(folder):
     }
 
 
+def prepare_run_of(config, ranks):
+    """Return the `Setup` of a run, as train.py prepares it."""
+    return prepare.prepare(config, ranks, train.FREE_TO_CHANGE)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
 
-def test_run_writes_what_it_promises(run, index):
+def test_run_writes_what_it_promises(run, dataset):
     """The named files, one object per step with the named keys, statistics by data set, the next command."""
     assert {p.name for p in run.folder.iterdir()} == {
         "config.json",
@@ -88,7 +102,7 @@ def test_run_writes_what_it_promises(run, index):
         and config["train"]["global_batch_size"] == 4
     )
     (entry,) = config["data"]
-    assert (entry["name"], entry["fingerprint"]) == ("made", index.fingerprint) and list(entry["cameras"]) == [
+    assert (entry["name"], entry["fingerprint"]) == ("made", dataset.fingerprint) and list(entry["cameras"]) == [
         "image",
         "wrist_image",
     ]
@@ -99,7 +113,7 @@ def test_run_writes_what_it_promises(run, index):
         [10_000, 10_007],
     )
     stats = json.loads((run.folder / "dataset_statistics.json").read_text())
-    assert stats.keys() == {"made"} and stats["made"]["num_transitions"] == len(index)
+    assert stats.keys() == {"made"} and stats["made"]["num_transitions"] == len(dataset)
     assert f"python eval.py {run.folder}" in run.text
 
 
@@ -132,16 +146,17 @@ def test_saved_model_is_the_trained_one(train_config, tmp_path):
     """Loaded twice, a run predicts bit-identically; its error on held-out steps is that of training, and by hand."""
     train.main(train_config(tmp_path / "run", variant="la_align", max_steps=3))
     (first, _), (second, _) = policies.load_vla(tmp_path / "run"), policies.load_vla(tmp_path / "run")
-    setup = train.prepare(train_config(tmp_path / "other", variant="la_align", max_steps=3), ONE)
+    setup = prepare_run_of(train_config(tmp_path / "other", variant="la_align", max_steps=3), ONE)
     dataset, held_out = setup.dataset, setup.held_out
-    batch = default_collate([dataset.sample(0, int(step)) for step in held_out[0]])
+    ((source, steps),) = held_out
+    batch = default_collate([dataset.sample(source, step) for step in steps])
     with torch.no_grad():
         actions = first.predict(batch)[0]
         assert torch.equal(actions, second.predict(batch)[0])
     logged = log_of(tmp_path / "run")[-1]["val_action_l1"]
     assert train.validate(first.eval(), dataset, held_out, ONE) == logged
     error = (actions - batch["actions"]).abs().numpy()[batch["valid"].numpy()]
-    assert len(held_out[0]) > 20 and logged == pytest.approx(error.mean(), rel=1e-5)
+    assert len(steps) > 20 and logged == pytest.approx(error.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("variant, image_aug", (("la_direct", True), ("la_direct", False), ("la_tok", True)))
@@ -149,7 +164,7 @@ def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config,
     """Step 0 sees samples 0..3 of the seeded stream, augmented or not, with the seeded weights and their targets."""
     flags = dict(variant=variant, image_aug=image_aug, max_steps=1)
     train.main(train_config(tmp_path / "run", **flags))
-    setup = train.prepare(train_config(tmp_path / "other", **flags), ONE)
+    setup = prepare_run_of(train_config(tmp_path / "other", **flags), ONE)
     vla = setup.vla
     batch = default_collate([setup.dataset[p] for p in range(4)])
     assert (setup.tokenizer is None) == (variant == "la_direct")
@@ -161,14 +176,15 @@ def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config,
     assert augmented["loss"] != centred["loss"]
     (logged,) = log_of(tmp_path / "run")
     for name, value in (augmented if image_aug else centred).items():
-        assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
+        if torch.is_tensor(value):
+            assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
 
 
-def test_epochs_replace_max_steps(train_config, tmp_path, index):
+def test_epochs_replace_max_steps(train_config, tmp_path, dataset):
     """0.1 epochs of the training episodes, rounded up to whole batches."""
     train.main(train_config(tmp_path / "run", variant="baseline", epochs=0.1, max_steps=99))
-    kept, _ = split_episodes(index, 0.25, 0)
-    samples = sum(np.diff(index.starts)[kept])
+    kept, _ = split_episodes(dataset, 0.25, 0)
+    samples = sum(np.diff(dataset.starts)[kept])
     assert len(log_of(tmp_path / "run")) == math.ceil(0.1 * samples / 4)
 
 
@@ -177,7 +193,8 @@ def test_la_tok_targets_do_not_depend_on_what_lies_past_the_end(tokenizer):
     frozen = latent.load_tokenizer(tokenizer)
     actions, valid = torch.rand(6, 8, 7) * 2 - 1, torch.arange(8).expand(6, 8) < 5
     inside, outside = actions * valid[..., None], torch.where(valid[..., None], actions, 0.9)
-    found = targets.add_action_codes({"actions": outside, "valid": valid}, frozen)
+    batch = {"actions": outside, "valid": valid, "embodiment": torch.zeros(6, dtype=torch.long)}
+    found = targets.add_action_codes(batch, frozen)
     codes, vectors = frozen.encode(inside)
     assert torch.equal(found["codes"], codes[:, :, None]) and torch.equal(found["vectors"], vectors[:, :, None])
 
@@ -205,26 +222,26 @@ def test_two_data_sets_keep_their_own_statistics(rlds, rlds_latents, train_confi
     )
 
 
-def test_policy_speaks_physical_units(run, index):
-    """A prediction is the network's, un-normalised by hand: metres and radians, the gripper as it is."""
+def test_policy_answers_in_the_units_of_the_data(run, dataset):
+    """A prediction is the network's, un-normalised by hand: metres and radians, and the gripper as in the data or as
+    robosuite commands it, here both -1 open and 1 closed."""
     policy = policies.Policy(run.folder)
-    views, proprio = [index.image(c, 7)[None] for c in ("image", "wrist_image")], index.columns["state"][7:8]
-    (found,) = policy(views, [index.instructions[0]], proprio)
+    views = [dataset.image(camera, 7)[None] for camera in ("image", "wrist_image")]
+    proprio = dataset.state([7])
+    texts = [dataset.instruction(0)]
+    (actions,) = policy(views, texts, proprio)
+    (command,) = policy(views, texts, proprio, gripper="robosuite")
     stats = policy.stats["proprio"]
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     normalised = torch.from_numpy(np.clip(2 * (proprio - low) / (high - low + 1e-8) - 1, -1, 1)).float()
     normalised[:, low == high] = 0  # a state that never moves
+    batch = {"images": [torch.from_numpy(view.copy()) for view in views], "text": texts, "proprio": normalised}
     with torch.no_grad():
-        (raw,) = policy.vla.predict(
-            {
-                "images": [torch.from_numpy(v.copy()) for v in views],
-                "text": [index.instructions[0]],
-                "proprio": normalised,
-            }
-        )[0].numpy()
+        (raw,) = policy.vla.predict(batch)[0].numpy()
     low, high = np.array(policy.stats["action"]["q01"]), np.array(policy.stats["action"]["q99"])
-    assert found.shape == (8, 7) and np.allclose(found[:, 6], raw[:, 6], atol=1e-6)
-    assert np.allclose(found[:, :6], ((raw + 1) / 2 * (high - low) + low)[:, :6], atol=1e-5)
+    assert actions.shape == (8, 7) and np.allclose(actions[:, 6], 1 - 2 * raw[:, 6], atol=1e-6)
+    assert np.allclose(actions[:, :6], ((raw + 1) / 2 * (high - low) + low)[:, :6], atol=1e-5)
+    assert np.array_equal(command[:, 6], np.sign(actions[:, 6])) and np.array_equal(command[:, :6], actions[:, :6])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,8 +301,8 @@ def test_killed_run_resumes_bit_identically(run, script, tmp_path):
     assert column(log_of(out), "step") == list(range(40))
     for name in (*LOSSES, "lr"):
         assert column(log_of(out), name) == column(log_of(run.folder), name), name
-    tensors, _ = checkpoint.load_tensors(out / "model.safetensors")
-    for name, tensor in checkpoint.load_tensors(run.folder / "model.safetensors")[0].items():
+    tensors, _ = files.load_tensors(out / "model.safetensors")
+    for name, tensor in files.load_tensors(run.folder / "model.safetensors")[0].items():
         assert torch.equal(tensor, tensors[name]), name
 
 
@@ -412,7 +429,7 @@ def test_damaged_newest_save(run, train_config, tmp_path, capsys):
     (out / "model.safetensors").unlink()
     train.main(again)
     for name in ("model.safetensors", "training-40.safetensors"):
-        ours, theirs = (checkpoint.load_tensors(folder / name)[0] for folder in (out, run.folder))
+        ours, theirs = (files.load_tensors(folder / name)[0] for folder in (out, run.folder))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
@@ -474,7 +491,7 @@ def test_a_data_worker_that(fault, message, train_config, tmp_path, monkeypatch)
     wait_for(lambda: not multiprocessing.active_children())
 
 
-def poisoned(index, name, value, where, monkeypatch, times=10**9):
+def poisoned(name, value, where, monkeypatch, times=10**9):
     """Lets some entry of the sample at step `where` of a data set be `value`, the first `times` times."""
     sample, left = batches.ActionChunks.sample, [times]
 
@@ -489,52 +506,66 @@ def poisoned(index, name, value, where, monkeypatch, times=10**9):
 
 
 @pytest.fixture
-def fifth(index, train_config, tmp_path):
+def fifth(train_config, tmp_path):
     """The step, in the data set, of sample 5 of the stream: it is in the second batch of four."""
-    setup = train.prepare(train_config(tmp_path / "other", variant="baseline"), ONE)
+    setup = prepare_run_of(train_config(tmp_path / "other", variant="baseline"), ONE)
     return setup.dataset.place(5)[1]
 
 
 @pytest.mark.parametrize("value", (math.inf, math.nan))
-def test_a_loss_that_is_not_finite_changes_nothing(value, index, fifth, train_config, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_changes_nothing(value, fifth, train_config, tmp_path, monkeypatch):
     """Weights, moments and step counts stay bit-identical over that step; it is counted, and the next one learns.
 
     An infinite target has an infinite L1 loss, but finite gradients.
     """
-    poisoned(index, "actions", value, fifth, monkeypatch)
+    poisoned("actions", value, fifth, monkeypatch)
     flags = dict(variant="baseline", max_steps=3, save_every=1, keep=3)
     train.main(train_config(tmp_path / "run", **flags))
     log = log_of(tmp_path / "run")
     assert column(log, "skipped") == [0, 1, 0] and not math.isfinite(log[1]["loss"] + log[1]["grad_norm"])
-    saves = [checkpoint.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
+    saves = [files.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
     assert all(torch.equal(saves[0][name], saves[1][name]) for name in saves[0])
     assert not any(torch.equal(saves[1][name], saves[2][name]) for name in saves[0] if name.endswith(".step"))
     assert all(tensor.isfinite().all() for tensor in saves[2].values()) and math.isfinite(log[2]["loss"])
 
 
 @pytest.mark.parametrize("times, listed", ((10**9, 1), (1, 4)))
-def test_too_many_steps_that_are_not_finite(times, listed, index, fifth, train_config, tmp_path, monkeypatch):
+def test_too_many_steps_that_are_not_finite(times, listed, dataset, fifth, train_config, tmp_path, monkeypatch):
     """The run stops and says which samples of the last step are to blame: all when each alone is sound."""
-    poisoned(index, "actions", math.nan, fifth, monkeypatch, times)
+    poisoned("actions", math.nan, fifth, monkeypatch, times)
     flags = dict(variant="baseline", max_steps=3, max_skipped=1)
     with pytest.raises(FloatingPointError, match=r"1 steps in a row \(--max-skipped\)") as caught:
         train.main(train_config(tmp_path / "run", **flags))
-    episode = int(np.searchsorted(index.starts, fifth, "right")) - 1
+    episode = int(np.searchsorted(dataset.starts, fifth, "right")) - 1
     found = re.findall(r"tfrecord-\S+: step (\d+) of episode (\d+)", str(caught.value))
-    assert len(found) == listed and (str(fifth - index.starts[episode]), str(episode)) in found
+    assert len(found) == listed and (str(fifth - dataset.starts[episode]), str(episode)) in found
     assert not checkpoint.training_saves(tmp_path / "run")
 
 
-def test_a_step_is_skipped_on_all_processes(run, rlds, cache, index, labels, fifth, script, train_config, tmp_path):
-    """What is not finite on one of two, a label, is skipped on both: as on one process, to rounding."""
-    tensors, info = checkpoint.load_tensors(labels)
-    tensors["vectors"][fifth] = math.nan
-    checkpoint.save_tensors(tmp_path / "labels", tensors, **info)
-    flags = dict(variant="la_align", max_steps=4, labels=(tmp_path / "labels",), val_fraction=0.25)
-    train.main(train_config(tmp_path / "one", **flags))
-    words = [*TORCHRUN, *run.flags, "--max-steps", 4, "--labels", tmp_path / "labels", "--out", tmp_path / "two"]
-    done = script(*words, "--num-workers", 0)
+SPOILED = """
+import math, sys
+sys.path.insert(0, {root!r})
+import torch, tyro
+import batches, train
+sample = batches.ActionChunks.sample
+def spoiled(self, number, step):
+    item = sample(self, number, step)
+    if step == {step}:
+        item["actions"] = torch.full_like(item["actions"], math.nan)
+    return item
+batches.ActionChunks.sample = spoiled
+train.main(tyro.cli(train.Config))
+"""  # train.py, but one sample is not finite
+
+
+def test_a_step_is_skipped_on_all_processes(run, fifth, script, train_config, tmp_path, monkeypatch):
+    """What is not finite on one of two processes, a sample's actions, is skipped on both: as on one, to rounding."""
+    (tmp_path / "spoiled.py").write_text(SPOILED.format(root=str(ROOT), step=fifth))
+    command = [*TORCHRUN, tmp_path / "spoiled.py", *run.flags[1:], "--max-steps", 4, "--out", tmp_path / "two"]
+    done = script(*command, "--num-workers", 0)
     assert done.code == 0, done.text
+    poisoned("actions", math.nan, fifth, monkeypatch)
+    train.main(train_config(tmp_path / "one", variant="la_align", max_steps=4))
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert column(one, "skipped") == column(two, "skipped") and column(two, "skipped")[1] == 1
     sound = [step for step in range(4) if not one[step]["skipped"]]
@@ -555,10 +586,12 @@ def test_torchrun_that_restarts_needs_a_folder(train_config, monkeypatch):
 @pytest.mark.parametrize("module", (train, evaluation, demos, data))
 def test_every_setting_is_read(module):
     """No field of a script's config is there for nothing: each is read as `config.<field>`."""
-    files = [module.__file__, targets.__file__] if module is train else [module.__file__]
+    sources = [module.__file__]
+    sources += [targets.__file__, prepare.__file__] if module is train else []
+    sources += [inspection.__file__] if module is data else []
     read = {
         node.attr
-        for file in files
+        for file in sources
         for node in ast.walk(ast.parse(open(file).read()))
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "config"
     }
@@ -581,7 +614,7 @@ def test_schedules_by_hand():
 
 def test_what_is_decayed(train_config, tmp_path):
     """Matrices decay, `gate_proj` among them; norms, biases, gates and queries never; each is in one group."""
-    vla = train.prepare(train_config(tmp_path / "run", variant="la_align"), ONE).vla
+    vla = prepare_run_of(train_config(tmp_path / "run", variant="la_align"), ONE).vla
     groups = common.parameter_groups(vla, 0.3)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     name_of = {id(p): name for name, p in vla.named_parameters()}

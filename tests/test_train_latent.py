@@ -16,13 +16,14 @@ import tyro
 
 import checkpoint
 import common
+import files
 import label
 import latent
 import quantiser
 import targets
 import train_latent
+from data import Dataset, open_dataset
 from index import episode_steps, split_episodes
-from rlds import open_index
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
 SMALL_LAM = dict(image_size=24, width=16, num_blocks=1, code_dim=8, delta=5)
@@ -51,7 +52,7 @@ def read_log(folder):
 
 def read_weights(folder):
     """Return the tensors of a run's model."""
-    return checkpoint.load_tensors(folder / "model.safetensors")[0]
+    return files.load_tensors(folder / "model.safetensors")[0]
 
 
 def assert_same_weights(folder, expected):
@@ -130,8 +131,8 @@ def test_whole_model_on_two_processes_equals_one(on_ranks):
             assert one[name] == pytest.approx(two[name], rel=1e-3), name
     codebooks = [read_weights(on_ranks / f"lam{world}")["codes.quantiser.codebook"] for world in (1, 2)]
     assert torch.allclose(*codebooks, atol=1e-4)
-    one, one_metadata = checkpoint.load_tensors(on_ranks / "labels1")
-    two, two_metadata = checkpoint.load_tensors(on_ranks / "labels2")
+    one, one_metadata = files.load_tensors(on_ranks / "labels1")
+    two, two_metadata = files.load_tensors(on_ranks / "labels2")
     assert one_metadata == two_metadata and all(torch.equal(one[name], two[name]) for name in one)
     assert not list(on_ranks.glob("*.parts"))
 
@@ -165,8 +166,81 @@ def test_video_without_actions_or_instructions_trains_both_stages(video, cache, 
     for folder in (first, second):
         out = tmp_path / f"{folder.name}.safetensors"
         label.main(label.Config(data=video, lam=folder, out=out, cache=cache), ONE)
-        labels = targets.load_labels(open_index(video, cache), out, delta=5)
+        labels = targets.load_labels(open_dataset(video, cache), out, delta=5)
         assert labels.fingerprint == latent.fingerprint(folder) and labels.vectors.shape[1:] == (4, 8)
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """File of a description of `rlds_latents`: an embodiment of five action dimensions, no gripper, one camera."""
+    spec = {"embodiment": "five", "cameras": {"front": "observation/image"}, "action": ["action[0:5]"]}
+    path = tmp_path_factory.mktemp("spec") / "five.json"
+    path.write_text(json.dumps(spec | {"chunk": 6, "instruction": "language_instruction"}))
+    return path
+
+
+def train_mixture(rank, world, out, command, data, cache, five):
+    """Train on data of two embodiments and video on each of `world` processes, one sample of each to a process."""
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    kept = len(data) if command is train_latent.LamTraining else 2
+    config = make_config(command, out / f"{command.__name__}{world}", None, cache, chunk=6, seed=5)
+    config = replace(config, data=data[:kept], spec=("libero", str(five), "")[:kept], global_batch_size=2, max_steps=6)
+    if kept > 2:
+        config = replace(config, action_fraction=0.3)
+    train_latent.train(config, common.Ranks(rank, world, torch.device("cpu")))
+    common.shutdown_distributed()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_embodiments_and_video_train_together(command, rlds, rlds_latents, video, cache, five, tmp_path, capsys):
+    """On one process and on two, whose batches hold one sample each: labelled or not, of one embodiment, or video."""
+    data = [rlds, rlds_latents, video]
+    train_mixture(0, 1, tmp_path, command, data, cache, five)
+    text = capsys.readouterr().out
+    mp.spawn(train_mixture, (2, tmp_path, command, data, cache, five), nprocs=2)
+    one, two = (tmp_path / f"{command.__name__}{world}" for world in (1, 2))
+    for entry, other in zip(read_log(one), read_log(two), strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    saved = json.loads((one / "config.json").read_text())
+    if command is train_latent.TokenizerTraining:
+        assert latent.load_tokenizer(two).action_sizes == [7, 5]
+        assert saved["model"]["embodiments"] == {"libero": 7, "five": 5}
+        assert "On held-out episodes of five: " in text and f"--spec libero {five} --tokenizer {one}" in text
+    else:
+        losses = [entry["action_loss"] for entry in read_log(one)]
+        assert min(losses) == 0 < max(losses)  # some batches have no labelled sample
+        assert f"label.py --data {rlds} --spec libero --lam {one}" in text
+    assert [entry["spec"]["embodiment"] for entry in saved["data"]][:2] == ["libero", "five"]
+    if command is train_latent.LamTraining:
+        for folder, spec, name in ((rlds_latents, str(five), "five"), (video, "", "video")):
+            out = tmp_path / name
+            label.main(label.Config(data=folder, lam=one, out=out, spec=spec, cache=cache), ONE)
+            assert len(files.load_tensors(out)[0]["codes"]) == len(open_dataset(folder, cache, spec))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_chunk_is_that_of_the_description(command, rlds, rlds_latents, cache, five, tmp_path):
+    """It is kept with the model; descriptions that say different chunks need --chunk."""
+    config = make_config(command, tmp_path / "out", rlds_latents, cache, spec=(str(five),))
+    train_latent.train(config, ONE)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["training"]["chunk"] == 6 and saved["model"].get("chunk", 6) == 6
+    config = replace(config, out=tmp_path / "no", data=[rlds_latents, rlds], spec=(str(five), ""))
+    with pytest.raises(ValueError, match="different chunks, {'released': 6, 'made': 8}; choose one with --chunk"):
+        train_latent.train(config, ONE)
+
+
+def test_second_stage_reads_the_camera_of_the_first(rlds, cache, tmp_path):
+    """The main one by its name or not; a different one is refused."""
+    first = lam_config(tmp_path / "one", rlds, cache, stage=1)
+    train_latent.train(first, ONE)
+    second = replace(first, stage=2, init_from=first.out)
+    train_latent.train(replace(second, out=tmp_path / "same", camera="image"), ONE)
+    match = "camera of made is wrist_image, but .*one was trained on image"
+    with pytest.raises(ValueError, match=match):
+        train_latent.train(replace(second, out=tmp_path / "other", camera="wrist_image"), ONE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -188,8 +262,8 @@ def test_held_out_episodes_are_measured_and_not_trained_on(command, rlds, cache,
         patch.setattr(latent.ActionTokenizer, "refit", record("refit", latent.ActionTokenizer.refit))
         train_latent.train(make_config(command, tmp_path / "out", rlds, cache, seed=2), ONE)
     training, held_out = split_episodes(index, 0.25, 2)
-    assert samples["training"].steps[0].tolist() == episode_steps(index, training).tolist()
-    assert samples["measured"].steps[0].tolist() == episode_steps(index, held_out).tolist()
+    assert list(samples["training"].steps[0]) == episode_steps(index, training).tolist()
+    assert list(samples["measured"].steps[0]) == episode_steps(index, held_out).tolist()
     refitted = samples["training"] if command is train_latent.TokenizerTraining else None
     assert samples.get("refit") is refitted
     assert "On held-out episodes" in capsys.readouterr().out
@@ -310,7 +384,7 @@ def test_an_interrupted_labelling_continues(rlds, cache, index, on_ranks, tmp_pa
     """Parts of the same model, data and delta are kept; others are made again."""
     out = tmp_path / "labels"
     config = label.Config(data=rlds, lam=on_ranks / "lam1", out=out, cache=cache)
-    _, metadata = checkpoint.load_tensors(on_ranks / "labels1")
+    _, metadata = files.load_tensors(on_ranks / "labels1")
     marked = {
         "codes": torch.full((len(index), 4), 7, dtype=torch.uint8),
         "vectors": torch.zeros(len(index), 4, 8).half(),
@@ -318,9 +392,9 @@ def test_an_interrupted_labelling_continues(rlds, cache, index, on_ranks, tmp_pa
     for part_metadata, kept in ((metadata | {"lam": "of a different model"}, False), (metadata, True)):
         folder = tmp_path / "labels.parts"
         folder.mkdir()
-        checkpoint.save_tensors(folder / "0.safetensors", marked, **part_metadata)
+        files.save_tensors(folder / "0.safetensors", marked, **part_metadata)
         label.main(config, ONE)
-        codes = checkpoint.load_tensors(out)[0]["codes"]
+        codes = files.load_tensors(out)[0]["codes"]
         assert bool((codes == 7).all()) == kept and not folder.exists()
         out.unlink()
 
@@ -331,14 +405,14 @@ def test_labels_without_out_lie_where_training_looks(tmp_path, rlds, on_ranks, c
     label.main(config, ONE)
     text = capsys.readouterr().out
     assert "codes in use" in text and "train.py --variant la_align" in text
-    index = open_index(rlds, tmp_path / "cache")
-    path = targets.label_path(index, rlds)
-    labels = targets.load_labels(index, path, delta=5)
+    dataset = open_dataset(rlds, tmp_path / "cache")
+    path = targets.label_path(dataset, rlds)
+    labels = targets.load_labels(dataset, path, delta=5)
     assert (labels.num_codes, labels.fingerprint) == (16, latent.fingerprint(on_ranks / "lam1"))
     with pytest.raises(ValueError, match="labels the data set with fingerprint"):
-        targets.load_labels(replace(index, fingerprint="other"), path)
+        targets.load_labels(Dataset(replace(dataset.index, fingerprint="other"), dataset.spec), path)
     with pytest.raises(ValueError, match="made with delta 5"):
-        targets.load_labels(index, path, delta=8)
+        targets.load_labels(dataset, path, delta=8)
     with pytest.raises(FileExistsError, match="exists. Delete it"):
         label.main(config, ONE)
 
@@ -347,7 +421,7 @@ def test_labels_without_out_lie_where_training_looks(tmp_path, rlds, on_ranks, c
 # Settings
 
 
-def test_bad_settings_are_refused_before_anything_is_written(rlds, cache, tmp_path):
+def test_bad_settings_are_refused_before_anything_is_written(rlds, video, cache, tmp_path):
     """With the name and the value of the setting."""
     out = tmp_path / "out"
 
@@ -356,6 +430,8 @@ def test_bad_settings_are_refused_before_anything_is_written(rlds, cache, tmp_pa
             train_latent.train(lam_config(out, rlds, cache, **changes), ONE)
 
     refused("stage is 2 but init_from is not given", stage=2)
+    refused("chunk is -1; it must be at least 0", chunk=-1)
+    refused("spec has 2 entries for 1 data sets", spec=("libero", "libero"))
     refused("delta is 99, but the longest episode of made has", delta=99)
     refused("num_codes is 257", num_codes=257)
     refused("code_dim is 0; it must be at least 1", code_dim=0)
@@ -366,6 +442,8 @@ def test_bad_settings_are_refused_before_anything_is_written(rlds, cache, tmp_pa
     refused("init_from .*nothing does not exist", FileNotFoundError, init_from=tmp_path / "nothing", stage=2)
     with pytest.raises(ValueError, match=r"two data sets of one name, \['made', 'made'\]"):
         train_latent.train(replace(lam_config(out, rlds, cache), data=[rlds, rlds]), ONE)
+    with pytest.raises(ValueError, match="video, as described by .*spec.json, has no actions; the action tokenizer"):
+        train_latent.train(make_config(train_latent.TokenizerTraining, out, video, cache), ONE)
     with pytest.raises(ValueError, match="code_dim is 30; it must be a multiple of the 4 heads"):
         train_latent.train(make_config(train_latent.TokenizerTraining, out, rlds, cache, code_dim=30), ONE)
     assert not out.exists()

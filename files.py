@@ -1,0 +1,161 @@
+"""Files that are never half written: text, JSON, and tensors with a checksum. Nothing is ever unpickled."""
+
+import contextlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}  # safetensors' names
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def fsync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """Yield a temporary name to write to, which becomes `path` once its contents are on the disk.
+
+    After an error the temporary file is removed and what was at `path` stays.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(temporary.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file atomically: a reader, also after a crash, sees the old file or the new one."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path, content):
+    """Write `content` as JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path):
+    """Return the object in a JSON file. Raise ValueError naming the file when it holds none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}. Put the right file back.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.80}, not an object. Put the right file back.")
+    return content
+
+
+def to_json(config):
+    """Return a config dataclass as a dictionary of JSON values; paths become strings."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def checksum(tensors, info):
+    """Return a CRC-32, as hex digits, over metadata and names, dtypes, shapes and bytes of contiguous CPU tensors."""
+    lines = [*sorted(info.items())]
+    for name, tensor in sorted(tensors.items()):
+        lines += [name, tensor.dtype, *tensor.shape, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())]
+    return f"{zlib.crc32(repr(lines).encode()):08x}"
+
+
+def save_tensors(path, tensors, **info):
+    """Write a safetensors file atomically, with `info` (as strings) and a checksum as its metadata.
+
+    Raise OSError when it cannot be written; what was there before stays.
+    """
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    info = {name: str(value) for name, value in info.items()}
+    with atomic_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, info | {"checksum": checksum(tensors, info)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
+
+
+def load_tensors(path):
+    """Return (tensors, metadata) of a safetensors file. Raise ValueError when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            info = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    _check_checksum(path, tensors, info)
+    return tensors, info
+
+
+def _check_checksum(path, tensors, info):
+    """Take the checksum from a file's metadata and raise ValueError when it is another; other writers store none."""
+    stored = info.pop("checksum", None)
+    if stored:
+        computed = checksum(tensors, info)
+        if stored != computed:
+            raise ValueError(f"{path} is damaged: its checksum is {computed}, but {stored} when it was written")
+
+
+def map_tensors(path):
+    """Return (tensors, metadata) as `load_tensors`, but tensors are mapped into memory instead of read.
+
+    The file is read once to compare its checksum. Changes to the tensors stay in this process.
+    """
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        (length,) = struct.unpack("<Q", mapped[:8])
+        header = json.loads(mapped[8 : 8 + length])
+        info = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            flat = torch.frombuffer(
+                mapped, dtype=dtype, offset=8 + length + start, count=(stop - start) // dtype.itemsize
+            )
+            tensors[name] = flat.view(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    _check_checksum(path, tensors, info)
+    mapped.madvise(mmap.MADV_DONTNEED)  # what was read for the checksum leaves memory
+    return tensors, info
+
+
+def locate_tensors(path):
+    """Return ({name: (numpy dtype, shape, first byte)}, metadata): where the tensors of a safetensors file lie in it.
+
+    The file is read once to compare its checksum, and raises as `map_tensors`.
+    """
+    tensors, info = map_tensors(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    places = {}
+    for name, tensor in tensors.items():
+        start, _ = header[name]["data_offsets"]
+        places[name] = tensor.numpy().dtype, tuple(tensor.shape), 8 + length + start
+    return places, info

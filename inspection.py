@@ -1,0 +1,204 @@
+"""Looking at a data set: its description, numbers and pictures, and all that is wrong with it.
+
+`python data.py DIR` prints and draws it, `python data.py DIR --check` reads everything and lists the faults.
+
+Axes: S steps of a data set, A action size.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dataspec import absolute_dimensions, format_spec
+from normalise import rare_motions
+from targets import label_path, load_labels
+
+THUMBNAIL = 160  # pixels, the side of a frame in the contact sheet
+SHOWN = 12  # instructions, at most, that are listed
+READ = 20_000  # steps, at most, in which actions are compared with states
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Printing
+
+
+def print_summary(dataset):
+    """Print the description in force, episodes, instructions, cameras, and each dimension's range and readings."""
+    lengths = np.diff(dataset.starts)
+    print(
+        f"{dataset.name}: {len(lengths)} episodes, {len(dataset)} steps ({lengths.min()} to {lengths.max()} an "
+        f"episode), fingerprint {dataset.fingerprint}"
+    )
+    print(f"described by {dataset.source}:\n{format_spec(dataset.spec)}")
+    _print_instructions(dataset)
+    for camera in dataset.cameras:
+        path = dataset.spec.cameras[camera]
+        stored = dataset.index.image(path, 0).shape[:2]
+        shown = dataset.image(camera, 0).shape[:2]
+        print(f"  camera {camera} ({path}): {stored[0]} x {stored[1]} pixels, used as {shown[0]} x {shown[1]}")
+    used = {*dataset.spec.cameras.values(), *(part.split("[")[0] for part in dataset.spec.action + dataset.spec.state)}
+    unused = sorted(set(dataset.index.features) - used - {dataset.spec.instruction})
+    print(f"  not used: {', '.join(unused) or 'nothing'}")
+    for name, column in (("action", "action"), ("state", "proprio")):
+        if column in dataset.stats:
+            _print_ranges(name, dataset.stats[column], dataset.spec.action_names if name == "action" else [])
+    for number, (gripper, shares) in enumerate(zip(dataset.spec.grippers, dataset.gripper_shares().T)):
+        opened, closed, between = shares
+        print(
+            f"  gripper {number} (dimension {gripper.index}): open ({gripper.open:g}) {opened:.0%}, closed "
+            f"({gripper.closed:g}) {closed:.0%}, between {between:.0%} of the steps"
+        )
+
+
+def _print_instructions(dataset):
+    first = [dataset.instruction(start) for start in dataset.starts[:-1]]
+    texts = dataset.instructions()
+    for text in texts[:SHOWN]:
+        print(f"  {first.count(text):5d} episodes begin with: {text!r}")
+    if len(texts) > SHOWN:
+        print(f"  and {len(texts) - SHOWN} other instructions")
+
+
+def _print_ranges(name, stats, labels):
+    print(f"  {name}       {'min':>9} {'1 %':>9} {'mean':>9} {'99 %':>9} {'max':>9}")
+    for number, values in enumerate(zip(*(stats[kind] for kind in ("min", "q01", "mean", "q99", "max")), strict=True)):
+        label = labels[number] if labels else ""
+        notes = " (by min and max: it rarely moves)" if number in rare_motions(stats) else ""
+        notes += "" if stats["mask"][number] else " (not normalised)"
+        print(f"  {number:6d}       " + " ".join(f"{value:9.4f}" for value in values) + f"  {label}{notes}")
+
+
+def contact_sheet(dataset, episodes=8):
+    """Return a PIL image with one column per episode and, for each camera, its first and its last frame.
+
+    episodes: how many are shown, at most, evenly spread over the data set.
+    """
+    shown = np.unique(np.linspace(0, dataset.num_episodes - 1, episodes).astype(int))
+    rows = [(camera, place) for camera in dataset.cameras for place in ("first", "last")]
+    sheet = Image.new("RGB", (len(shown) * THUMBNAIL, len(rows) * THUMBNAIL), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, episode in enumerate(shown):
+        for row, (camera, place) in enumerate(rows):
+            step = dataset.starts[episode] if place == "first" else dataset.starts[episode + 1] - 1
+            frame = Image.fromarray(dataset.image(camera, step)).resize((THUMBNAIL, THUMBNAIL))
+            x = column * THUMBNAIL
+            y = row * THUMBNAIL
+            sheet.paste(frame, (x, y))
+            caption = f"episode {episode}, {camera}, {place}"
+            draw.text((x + 4, y + 4), caption, fill="white", stroke_width=1, stroke_fill="black")
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def check_dataset(config, open_dataset):
+    """Print all faults of a data set: errors, then warnings (odd, but usable). Return the number of errors.
+
+    config: `data`, `cache` and `spec`, as of the command; open_dataset: data.open_dataset. Reads every record, image,
+    number and text, and the labels if there are any; writes nothing. Raises where not even the files of the data set
+    can be listed.
+    """
+    errors = []
+    warnings = []
+
+    def on_fault(fault, warning=False):
+        (warnings if warning else errors).append(fault)
+
+    try:
+        dataset = open_dataset(config.data, config.cache, config.spec, on_fault)
+    except ValueError as fault:  # no description fits, or nothing is left to describe
+        errors.append(fault)
+        dataset = None
+    if dataset:
+        labels_may_fit = not errors  # they would not fit an index without the damaged records
+        for camera in dataset.cameras:
+            for step in range(len(dataset)):
+                errors += _raised(dataset.image, camera, step)
+        errors += dataset.value_faults()
+        warnings += odd_texts(dataset)
+        if not errors:
+            warnings += [*odd_images(dataset), *odd_numbers(dataset)]
+        if labels_may_fit:
+            path = label_path(dataset, config.data)
+            any_delta = 1 if dataset.spec.latents and not path.exists() else 0  # which the data may not state
+            errors += _raised(load_labels, dataset, path, any_delta)
+    errors = list(dict.fromkeys(map(str, errors)))
+    for fault in errors:
+        print(f"error: {fault}")
+    for fault in warnings:
+        print(f"warning: {fault}")
+    count = str(len(errors) + len(warnings)) if errors or warnings else "nothing"
+    size = ""
+    if dataset:
+        images = len(dataset) * len(dataset.cameras)
+        size = f" in {dataset.num_episodes} episodes, {len(dataset)} steps, {images} images"
+    print(f"{dataset.name if dataset else config.data}: {count} found{size}")
+    return len(errors)
+
+
+def _raised(function, *arguments):
+    """Return the ValueError that a call raises, in a list; an empty list if it raises none."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return [error]
+    return []
+
+
+def odd_images(dataset):
+    """Yield a text for each camera whose images are smaller than a patch of the backbone."""
+    for camera in dataset.cameras:
+        side = min(dataset.image(camera, 0).shape[:2])
+        if side < 32:
+            yield f"{dataset.directory}: camera {camera} has only {side} pixels; train with --image-size 32"
+
+
+def odd_texts(dataset):
+    """Yield a text for episodes with an empty instruction, and for instructions that differ in case or a final dot."""
+    instructions = dataset.instructions()
+    if not all(text.strip() for text in instructions):
+        empty = sorted(
+            {dataset.episode_of(step) for step in range(len(dataset)) if not dataset.instruction(step).strip()}
+        )
+        yield f"{dataset.directory}: the instruction is empty in {len(empty)} episodes, the first is {empty[0]}"
+    spellings = {}
+    for text in instructions:
+        spellings.setdefault(" ".join(text.lower().split()).rstrip(" ."), []).append(text)
+        if "\ufffd" in text:
+            yield f"{dataset.directory}: an instruction holds bytes that are no UTF-8 text: {text!r:.80}"
+    for texts in spellings.values():
+        if len(texts) > 1:
+            yield f"{dataset.directory}: instructions that differ only in case, blanks or a final dot: {texts}"
+
+
+def odd_numbers(dataset):
+    """Yield a text for what is odd about the actions although one can train with it."""
+    if not dataset.action_size:
+        yield f"{dataset.directory}: there are no actions; only the latent losses can be trained"
+        return
+    smallest, largest = dataset.action_range()
+    for dimension in np.flatnonzero(smallest == largest):
+        yield f"{dataset.directory}: dimension {dimension} of the action is {smallest[dimension]:g} at all steps"
+    for episode, (start, stop) in enumerate(zip(dataset.starts[:-1], dataset.starts[1:])):
+        actions = dataset.stored_action(slice(start, stop))
+        if stop - start > 1 and (actions == actions[0]).all():
+            file, _ = dataset.locate(start)
+            yield f"{file}: the action never changes in the {stop - start} steps of episode {episode}"
+    for dimension in rare_motions(dataset.stats["action"]):
+        yield f"{dataset.directory}: dimension {dimension} of the action rarely moves: normalised by its min and max"
+    for gripper, between in zip(dataset.spec.grippers, dataset.gripper_shares()[2]):
+        if between > 0.5:
+            yield (
+                f"{dataset.directory}: the gripper, dimension {gripper.index} of the action, is neither open nor "
+                f"closed in {between:.0%} of the steps; is it one?"
+            )
+    relative = set(range(dataset.action_size)) - set(dataset.spec.absolute)
+    relative -= {gripper.index for gripper in dataset.spec.grippers}
+    following = absolute_dimensions(dataset.stored_action(slice(0, READ)), dataset.state(slice(0, READ)))
+    odd = sorted(relative & set(following))
+    if len(odd) > len(relative) / 2:  # one alone can be a motion that corrects the state
+        yield (
+            f"{dataset.directory}: dimensions {odd} of the action follow the state, as absolute targets do, but are "
+            f'described as relative motions; if they are targets, add "absolute": {odd} to the description'
+        )

@@ -1,0 +1,235 @@
+"""From the command line of train.py to data, latent targets, model and run folder.
+
+Which episodes keep their actions, which are video; what each embodiment's sizes are; what config.json says of a run.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from backbone import prompt_ids, text_tokenizer
+from batches import ActionChunks, EpisodeSteps, Source
+from checkpoint import prepare_run
+from common import git_commit
+from data import check_embodiments, choose_chunk, open_datasets
+from dataspec import to_dict
+from files import to_json, write_json
+from index import split_episodes
+from lora import base_hash
+from model import VARIANTS, VLA, ModelConfig
+from normalise import statistics_hash
+from targets import load_targets
+from tiny import SIZES
+
+
+@dataclass
+class Setup:
+    """What the training loop needs."""
+
+    dataset: ActionChunks
+    held_out: list  # (number of the source, `EpisodeSteps`) of held-out episodes with actions
+    vla: VLA
+    tokenizer: nn.Module | None  # the action tokenizer, for la_tok
+    run: Path
+    resuming: bool
+    description: dict  # the content of config.json
+
+
+def prepare(config, ranks, free_to_change):
+    """Open data and targets, build the model, create the run folder or find the run to resume; return `Setup`.
+
+    config: of train.py, checked; free_to_change: the settings that a resumed run may change.
+    """
+    datasets = open_datasets(config.data, config.cache, config.spec)
+    check_embodiments(datasets)
+    cameras = [choose_cameras(config, dataset) for dataset in datasets]
+    chunk = choose_chunk(config.chunk, datasets)
+    splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
+    sources = make_sources(config, datasets, [training for training, _ in splits])
+    labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
+    dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
+    held_out = held_out_steps(dataset, [held for _, held in splits])
+    torch.manual_seed(config.seed)
+    vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
+    for each in datasets:
+        vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
+    description = {
+        "train": to_json(config),
+        "model": asdict(vla.config),
+        "base_hash": base_hash(vla),
+        "data": [describe_data(each, names, dataset.image_sides) for each, names in zip(datasets, cameras)],
+        "targets": [{"fingerprint": part.fingerprint, "delta": part.delta} for part in labels or []],
+        "command": sys.argv,
+        "commit": git_commit(),
+        "torch": torch.__version__,
+    }
+    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
+    resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change)
+    if ranks.main:
+        write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
+    tokenizer = tokenizer.to(ranks.device) if tokenizer else None
+    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def choose_cameras(config, dataset):
+    """Return the camera names in order: as asked for, else those of the description, without the wrist's on request.
+
+    Raises ValueError where the data set lacks one.
+    """
+    if missing := [name for name in config.cameras if name not in dataset.cameras]:
+        raise ValueError(f"{dataset.name} has no camera {missing}; it has {dataset.cameras}. Choose with --cameras.")
+    if config.cameras:
+        return list(config.cameras)
+    names = [name for name in dataset.cameras if config.use_wrist_image or "wrist" not in name]
+    if not names:
+        raise ValueError(
+            f"{dataset.name} has only the cameras {dataset.cameras}, which --no-use-wrist-image leaves out"
+        )
+    return names
+
+
+def make_sources(config, datasets, episodes):
+    """Return the `Source`s of a run: of each data set the episodes with actions, and those that are video.
+
+    episodes: of each data set the training episodes. Raises ValueError when video is left for a variant that learns
+    nothing from it.
+    """
+    sources = []
+    for number, (dataset, training) in enumerate(zip(datasets, episodes)):
+        weight = config.data_weights[number] if config.data_weights else 1.0
+        labelled, rest = choose_labelled(config, dataset, training)
+        if len(labelled):
+            sources.append(Source(number, labelled, weight))
+        if len(rest) and (config.rest == "video" or not dataset.action_size):
+            rest_weight = config.rest_weight if dataset.action_size else 1.0
+            sources.append(Source(number, rest, weight * rest_weight, labelled=False))
+    if not sources or not sum(source.weight for source in sources):
+        raise ValueError("no episode is left to train on; see --data-fraction, --episodes, --rest and the weights")
+    video = [datasets[source.dataset].name for source in sources if not source.labelled]
+    if video and VARIANTS[config.variant].target != "image":
+        learners = [name for name, variant in VARIANTS.items() if variant.target == "image"]
+        raise ValueError(
+            f"variant {config.variant} learns nothing from episodes without actions ({', '.join(video)}); "
+            f"use {', '.join(learners)}, or leave them out"
+        )
+    return sources
+
+
+def choose_labelled(config, dataset, episodes):
+    """Return (episodes that keep their actions, the others), numbers in order, chosen per instruction and seeded."""
+    if not dataset.action_size:
+        return episodes[:0], episodes
+    if not config.episodes and config.data_fraction == 1:
+        return episodes, episodes[:0]
+    groups = {}
+    for episode in np.random.default_rng([config.seed, 5]).permutation(episodes):
+        groups.setdefault(dataset.instruction(dataset.starts[episode]), []).append(episode)
+    labelled = []
+    for group in groups.values():
+        count = config.episodes or int(np.ceil(config.data_fraction * len(group)))
+        labelled += group[:count]
+    return np.sort(np.array(labelled, np.int64)), np.setdiff1d(episodes, labelled)
+
+
+def held_out_steps(dataset, episodes):
+    """Return [(number of the source, `EpisodeSteps`)] of the held-out episodes of data that has labelled sources."""
+    found = []
+    for number, source in enumerate(dataset.sources):
+        held = episodes[source.dataset]
+        if source.labelled and len(held):
+            found.append((number, EpisodeSteps(dataset.datasets[source.dataset].starts, held)))
+    return found
+
+
+def describe_data(dataset, cameras, sides):
+    """Return what evaluation must know of a data set: description, statistics, how images are stored, its starts."""
+    entry = {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "embodiment": dataset.spec.embodiment,
+        "spec": to_dict(dataset.spec),
+        "statistics": statistics_hash(dataset.stats),
+        "instructions": dataset.instructions(),
+        "cameras": {camera: dataset.storage_options(camera) for camera in cameras},
+        "image_sides": sides[: len(cameras)],  # to which images are resized before the model; 0: not at all
+    }
+    metadata = dataset.metadata
+    if "suite" in metadata:  # made by demos.py
+        entry["suite"] = metadata["suite"][0]
+        entry["tasks"] = sorted(set(metadata["task"]))
+        entry["widen"] = round(metadata["widen"][0], 6)
+        entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
+    note = dataset.directory.parent / "expert.json"
+    if note.exists():
+        entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
+    return entry
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def make_model_config(config, dataset, labels, tokenizer):
+    """Return the `ModelConfig` of a run: sizes from the data and the latent targets, the rest from the command line."""
+    target = tokenizer or (labels[0] if labels else None)
+    words = text_tokenizer(config.backbone)
+    texts = {text for each in dataset.datasets for text in each.instructions()}
+    longest = max(len(prompt_ids(words, text, dataset.chunk)) for text in texts)
+    return ModelConfig(
+        variant=config.variant,
+        backbone=config.backbone,
+        cameras=dataset.num_cameras,
+        image_size=config.image_size or default_image_size(dataset),
+        text_length=config.text_length or (longest + 7) // 8 * 8,
+        chunk=dataset.chunk,
+        action_size=dataset.action_size,
+        proprio_size=dataset.state_size if config.use_proprio else 0,
+        codes_per_step=labels[0].codes.shape[1] if labels else 1,
+        num_codes=target.num_codes if target else 0,
+        code_dim=target.dim if target else 0,
+        action_loss=config.loss,
+        continuous=config.continuous,
+        align_layer=config.align_layer,
+        placeholders_per_step=config.placeholders_per_step,
+        latent_weight=config.latent_weight,
+        tuning=config.tuning,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_targets=config.lora_targets,
+        head_width=config.head_width,
+        gate=1.0 if config.backbone in SIZES else 0.0,  # a random backbone learns slower when images are gated off
+        embodiments=embodiment_sizes(config, dataset),
+    )
+
+
+def default_image_size(dataset):
+    """Return the main camera's side in the first data set, rounded down to a multiple of 32; ValueError below 32."""
+    first = dataset.datasets[0]
+    side = min(first.image(dataset.cameras[0][0], 0).shape[:2])
+    if side < 32:
+        raise ValueError(
+            f"images of {first.name} have {side} pixels, less than a patch of the backbone; --image-size 32"
+        )
+    return side // 32 * 32
+
+
+def embodiment_sizes(config, dataset):
+    """Return (name, action size, proprio size, cameras) of each embodiment; () when there is only one."""
+    if len(dataset.names) == 1:
+        return ()
+    sizes = {}
+    for each, cameras in zip(dataset.datasets, dataset.cameras):
+        state = each.state_size if config.use_proprio else 0
+        known = sizes.get(each.spec.embodiment, (0, 0, 0))
+        sizes[each.spec.embodiment] = tuple(map(max, known, (each.action_size, state, len(cameras))))
+    return tuple((name, *sizes[name]) for name in dataset.names)

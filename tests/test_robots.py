@@ -1,0 +1,297 @@
+"""Other robots, several robots at once, and video without actions: from the data to a policy's actions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from robot_helpers import write_five_joints, write_labels, write_robot, write_two_arms
+from torch.utils.data import default_collate
+
+import batches
+import common
+import eval as evaluation
+import prepare
+import train
+import train_latent
+from data import open_dataset
+from model import VARIANTS
+from policy import Policy
+
+ONE = common.Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def robots(tmp_path_factory):
+    """Folders of `write_two_arms` and `write_five_joints`."""
+    folder = tmp_path_factory.mktemp("robots")
+    return {"two_arms": write_two_arms(folder / "two_arms"), "five_joints": write_five_joints(folder / "five_joints")}
+
+
+@pytest.fixture(scope="module")
+def made(robots, cache, tmp_path_factory):
+    """{name: (data set, label file)} of the robots."""
+    folder = tmp_path_factory.mktemp("labels")
+    datasets = {name: open_dataset(path, cache) for name, path in robots.items()}
+    return {name: (each, write_labels(each, folder / f"{name}.safetensors")) for name, each in datasets.items()}
+
+
+@pytest.fixture(scope="module")
+def action_tokenizer(robots, cache, tmp_path_factory):
+    """Function (names of robots) -> folder of an action tokenizer of them that was trained for two updates."""
+    folders = {}
+
+    def make(*names):
+        if names not in folders:
+            out = tmp_path_factory.mktemp("tokenizer") / "_".join(names)
+            chunk = 25 if "two_arms" in names else 20
+            config = train_latent.TokenizerTraining(
+                data=[robots[name] for name in names],
+                out=out,
+                cache=cache,
+                chunk=chunk,
+                max_steps=2,
+                global_batch_size=8,
+                num_codes=16,
+                code_dim=8,
+            )
+            train_latent.train(config, ONE)
+            folders[names] = out
+        return folders[names]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def config_for(robots, made, cache, action_tokenizer):
+    """Function (names of robots, out, **changes) -> train.Config of a run of seconds."""
+
+    def make(names, out, **changes):
+        options = dict(
+            data=tuple(robots[name] for name in names),
+            labels=tuple(made[name][1] for name in names),
+            cache=cache,
+            out=str(out),
+            global_batch_size=4,
+            num_workers=0,
+            max_steps=2,
+            val_fraction=0.25,
+            image_size=32,
+        )
+        if changes.get("variant") == "la_tok":
+            options["tokenizer"] = str(action_tokenizer(*names))
+        return train.Config(**options | changes)
+
+    return make
+
+
+def log_of(run):
+    """Return the objects in a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One robot
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ("two_arms", "five_joints"))
+def test_any_robot_goes_the_whole_way(name, variant, config_for, made, tmp_path):
+    """Trained, saved, loaded, it predicts whole chunks in the data's own convention, from raw images of any size."""
+    train.main(config_for([name], tmp_path / "run", variant=variant))
+    policy = Policy(tmp_path / "run")
+    dataset, _ = made[name]
+    sizes = policy.vla.config
+    expected = (25, 14, 14, 3) if name == "two_arms" else (20, 5, 0, 1)
+    assert (sizes.chunk, sizes.action_size, sizes.proprio_size, sizes.cameras) == expected
+    images = [dataset.image(camera, 3)[None] for camera in dataset.cameras]
+    actions = policy(images, [dataset.instruction(3)], dataset.state([3]))
+    assert actions.shape == (1, *expected[:2]) and np.isfinite(actions).all()
+    batch = default_collate([prepared(config_for([name], tmp_path / "again", variant=variant)).dataset.sample(0, 3)])
+    with torch.no_grad():
+        normalised, _ = policy.vla.predict(batch)
+    physical = dataset.action_normaliser.unnormalise(normalised.numpy())
+    assert np.allclose(actions, physical, atol=1e-5)  # these grippers are 1 open and 0 closed in the data, too
+
+
+def prepared(config):
+    """Return what train.py prepares for a run."""
+    return prepare.prepare(config, ONE, train.FREE_TO_CHANGE)
+
+
+def test_targets_past_the_end_repeat_only_where_they_last(made):
+    """Absolute joint targets and grippers keep their last value, relative motion becomes 0; both count in no loss."""
+    for name, lasting in (("two_arms", True), ("five_joints", False)):
+        dataset, _ = made[name]
+        chunks = batches.ActionChunks([dataset], [dataset.cameras], dataset.spec.chunk)
+        last = int(dataset.starts[1]) - 1
+        item = chunks.sample(0, last - 2)
+        assert item["valid"].tolist() == [True] * 3 + [False] * (dataset.spec.chunk - 3)
+        expected = item["actions"][2] if lasting else torch.zeros(5)
+        assert (item["actions"][3:] == expected).all() and item["actions"][2].abs().max() > 0
+
+
+def test_images_that_are_not_square_are_padded_in_training_and_in_the_policy(made):
+    """A 48 x 64 frame lies in the middle of 64 x 64 pixels, black above and below."""
+    dataset, _ = made["two_arms"]
+    frame = dataset.image("left", 4)
+    stored = dataset.index.image("observation.images.left", 4)
+    assert frame.shape == (64, 64, 3) and np.array_equal(frame[8:56], stored)
+    assert not frame[:8].any() and not frame[56:].any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several robots
+
+
+def test_samples_of_two_robots_are_those_of_each_alone(made):
+    """Padded with 0 to the largest sizes; cameras that a robot lacks are black and not counted; weights make the mean
+    over A numbers that over its own."""
+    datasets = [made[name][0] for name in ("two_arms", "five_joints")]
+    together = batches.ActionChunks(datasets, [each.cameras for each in datasets], 8)
+    for number, dataset in enumerate(datasets):
+        alone = batches.ActionChunks([dataset], [dataset.cameras], 8).sample(0, 11)
+        item = together.sample(number, 11)
+        size = dataset.action_size
+        assert torch.equal(item["actions"][:, :size], alone["actions"]) and not item["actions"][:, size:].any()
+        assert torch.equal(item["proprio"][: dataset.state_size], alone["proprio"])
+        assert item["action_weight"].sum() == 14 and (item["action_weight"][:size] == 14 / size).all()
+        assert item["embodiment"] == number and item["num_cameras"] == len(dataset.cameras)
+        for camera in range(3):
+            if camera >= len(dataset.cameras):
+                assert not item["images"][camera].any()
+        assert [image.shape for image in item["images"]] == [(64, 64, 3), (64, 64, 3), (40, 40, 3)]
+
+
+@pytest.mark.parametrize("variant", ("la_cond", "la_tok"))
+def test_two_robots_train_one_policy(variant, config_for, made, tmp_path):
+    """The log has the losses of each; each robot's policy has its own sizes, statistics and convention."""
+    names = ["two_arms", "five_joints"]
+    train.main(config_for(names, tmp_path / "run", variant=variant, chunk=25, max_steps=4, data_weights=(1.0, 2.0)))
+    log = log_of(tmp_path / "run")
+    for entry in log:
+        shares = {name: entry[f"action_loss/{name}"] for name in names if f"action_loss/{name}" in entry}
+        assert shares and all(f"latent_loss/{name}" in entry for name in shares)
+        assert (
+            min(shares.values()) <= entry["action_loss"] + 1e-6 and entry["action_loss"] <= max(shares.values()) + 1e-6
+        )
+    for name in names:
+        dataset, _ = made[name]
+        policy = Policy(tmp_path / "run", name)
+        images = [dataset.image(camera, 3)[None] for camera in dataset.cameras]
+        assert policy(images, [dataset.instruction(3)], dataset.state([3])).shape == (1, 25, dataset.action_size)
+    with pytest.raises(ValueError, match="has statistics of .*choose one of them"):
+        Policy(tmp_path / "run")
+
+
+def test_data_sets_of_one_robot_must_agree(robots, made, config_for, tmp_path):
+    """Two sets of one embodiment with other sizes are refused, with both sizes."""
+    spec = json.loads((robots["five_joints"] / "spec.json").read_text()) | {"embodiment": "two_arms"}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    config = config_for(["two_arms", "five_joints"], tmp_path / "run", spec=("", str(tmp_path / "spec.json")), chunk=8)
+    with pytest.raises(ValueError, match="both described as 'two_arms', but their cameras are 1 and 3"):
+        train.main(config)
+    with pytest.raises(ValueError, match="different chunks, {'two_arms': 25, 'five_joints': 20}; choose one"):
+        train.main(config_for(["two_arms", "five_joints"], tmp_path / "run"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Video without actions
+
+
+@pytest.mark.parametrize("options, labelled, video", (
+    ({}, 12, 0),
+    ({"episodes": 2}, 4, 0),
+    ({"episodes": 2, "rest": "video"}, 4, 8),
+    ({"data_fraction": 0.5, "rest": "video"}, 6, 6),
+    ({"data_fraction": 0.01, "rest": "video"}, 2, 10),
+    ({"data_fraction": 0.0, "rest": "video"}, 0, 12),
+))  # fmt: skip
+def test_which_episodes_keep_their_actions(options, labelled, video, tmp_path, cache):
+    """So many of each of two instructions, the same for one seed, others for another; the rest is video or gone."""
+    folder = write_robot(tmp_path / "arm", lambda t, n: [np.sin(t), n], 2, {"front": (32, 32)}, episodes=12, length=6)
+    dataset = open_dataset(folder, cache)
+    config = train.Config(variant="la_direct", **options)
+    sources = prepare.make_sources(config, [dataset], [np.arange(12)])
+    found = {source.labelled: source.episodes.tolist() for source in sources}
+    kept, rest = found.get(True, []), found.get(False, [])
+    assert (len(kept), len(rest)) == (labelled, video) and not set(kept) & set(rest)
+    texts = [dataset.instruction(dataset.starts[episode]) for episode in kept]
+    assert len({texts.count(text) for text in set(texts)}) <= 1
+    again = prepare.make_sources(config, [dataset], [np.arange(12)])
+    assert [source.episodes.tolist() for source in again] == [source.episodes.tolist() for source in sources]
+    if 0 < labelled < 12:
+        seeds = [prepare.make_sources(train.Config(variant="la_direct", seed=s, **options), [dataset], [np.arange(12)])
+                 for s in range(4)]  # fmt: skip
+        assert len({tuple(each[0].episodes) for each in seeds}) > 1
+
+
+def test_share_of_video_does_not_change_the_scale_of_the_action_loss(made):
+    """Over an epoch the mean of the weighted errors is that of the labelled samples alone, whatever share is video."""
+    dataset, _ = made["five_joints"]
+    means = []
+    for weight in (0.0, 0.5, 3.0):
+        sources = [batches.Source(0, np.array([0, 2])), batches.Source(0, np.array([1, 3]), weight, labelled=False)]
+        chunks = batches.ActionChunks([dataset], [dataset.cameras], 8, sources=sources)
+        items = [chunks.sample(*chunks.place(position)) for position in range(chunks.epoch_length)]
+        means.append(np.mean([(item["actions"].abs() * item["action_weight"]).mean() for item in items]))
+        video = [item for item in items if not item["action_weight"].any()]
+        assert len(video) == round(weight * 64) and all(not item["actions"].any() for item in video)
+    assert means[1] == pytest.approx(means[0], rel=1e-5) and means[2] == pytest.approx(means[0], rel=1e-5)
+
+
+def test_batches_without_any_action_train_in_one_process_and_two(config_for, robots, made, cache, script, tmp_path):
+    """la_direct on video alone: the latent loss falls in, the action loss is 0, the head stays; two processes agree."""
+    video = dict(variant="la_direct", data_fraction=0.0, rest="video", max_steps=3)
+    train.main(config_for(["five_joints"], tmp_path / "one", **video))
+    one = log_of(tmp_path / "one")
+    assert all(entry["action_loss"] == 0 and entry["latent_loss"] > 0 for entry in one)
+    assert "val_action_l1" not in one[-1]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    command = [
+        "train.py",
+        "--variant",
+        "la_direct",
+        "--data",
+        robots["five_joints"],
+        "--labels",
+        made["five_joints"][1],
+    ]
+    command += ["--cache", cache, "--data-fraction", 0, "--rest", "video", "--max-steps", 3, "--global-batch-size", 4]
+    command += ["--val-fraction", 0.25, "--image-size", 32, "--num-workers", 0, "--out", tmp_path / "two"]
+    done = script(*torchrun, *command)
+    assert done.code == 0, done.text
+    two = log_of(tmp_path / "two")
+    assert np.allclose([e["latent_loss"] for e in two], [e["latent_loss"] for e in one], rtol=1e-4)
+    assert [e["skipped"] for e in two] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("variant", ("baseline", "la_tok"))
+def test_video_is_refused_where_nothing_learns_from_it(variant, config_for, tmp_path):
+    """The variant, the data and the variants that do learn are named."""
+    with pytest.raises(
+        ValueError, match=f"variant {variant} learns nothing .*five_joints.*la_align, la_direct, la_cond"
+    ):
+        train.main(config_for(["five_joints"], tmp_path / "run", variant=variant, episodes=1, rest="video"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_run_of_another_robot_is_refused_before_anything_is_opened(config_for, tmp_path):
+    """Even if its weights are gone: the robot and the simulator's are named."""
+    train.main(config_for(["two_arms"], tmp_path / "run", variant="baseline"))
+    (tmp_path / "run" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"trained on two_arms \(a two_arms\), but simulator libero is a libero"):
+        evaluation.main(evaluation.Config(run=str(tmp_path / "run")))
+
+
+def test_instruction_that_was_never_trained_on_is_named(capsys):
+    """With the closest that was: a capital letter or a final dot makes another instruction."""
+    evaluation.warn_of_new_instructions(
+        {"put the bowl on the plate", "stack the cups"}, ["Put the bowl on the plate.", "stack the cups"]
+    )
+    text = capsys.readouterr().out
+    assert "told 'put the bowl on the plate'" in text and "closest one was 'Put the bowl on the plate.'" in text
+    assert "stack" not in text
