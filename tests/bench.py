@@ -83,10 +83,10 @@ class TimedPolicy:
         self.policy = policy
         self.seconds = 0.0
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs, **options):
         """Return the policy's actions."""
         started = time.perf_counter()
-        actions = self.policy(*inputs)
+        actions = self.policy(*inputs, **options)
         self.seconds += time.perf_counter() - started
         return actions
 

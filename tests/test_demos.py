@@ -15,7 +15,7 @@ from conftest import run_script_here
 from PIL import Image
 
 import demos
-from data import open_index
+from data import open_dataset
 from rollout import encode_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,13 +46,13 @@ def test_expert_succeeds(episode):
 
 def test_embedded_episode_replays(sim, cache):
     """From the seed and state stored with it, an episode of data/libero_tiny proceeds as recorded and succeeds."""
-    index = open_index(ROOT / "data" / "libero_tiny", cache)
-    episode = index.metadata["task"].index(8)
-    start, end = index.starts[episode : episode + 2]
-    sim.restore(index.metadata["seed"][episode], np.array(index.metadata["state"][episode]))
-    for step in range(start, end):
-        assert np.allclose(sim.proprio(), index.columns["state"][step], atol=1e-3), step
-        success = sim.step(index.columns["action"][step])
+    dataset = open_dataset(ROOT / "data" / "libero_tiny", cache)
+    episode = dataset.metadata["task"].index(8)
+    steps = range(*dataset.starts[episode : episode + 2])
+    sim.restore(dataset.metadata["seed"][episode], np.array(dataset.metadata["state"][episode]))
+    for step, state, action in zip(steps, dataset.state(steps), dataset.stored_action(steps)):
+        assert np.allclose(sim.proprio(), state, atol=1e-3), step
+        success = sim.step(action)
     assert success
 
 

@@ -22,13 +22,13 @@ import results
 import rollout
 import sim as simulator
 from demos import Expert
-from normalise import normalise, standardise, statistics, to_robosuite
+from normalise import Normaliser
 
 
 @pytest.fixture(scope="module")
-def cameras(index):
+def cameras(dataset):
     """How the training images were stored, as a run's config states it."""
-    return {name: index.storage_options(name) for name in ("image", "wrist_image")}
+    return {name: dataset.storage_options(name) for name in dataset.cameras}
 
 
 TOY = """
@@ -308,11 +308,11 @@ def test_expert_behind_the_policy_interface(table, cameras):
     in all."""
     known, lengths = table
 
-    def policy(images, instructions, proprio):
+    def policy(images, instructions, proprio, gripper):
+        assert gripper == "robosuite"  # as the expert commands it
         samples = zip(instructions, *images, proprio)
         chunks = [np.array(known[text, *(view.tobytes() for view in views)]) for text, *views in samples]
-        chunks = np.stack([np.concatenate([chunk, chunk[-1:].repeat(8 - len(chunk), 0)]) for chunk in chunks])
-        return np.concatenate([chunks[:, :, :6], (1 - chunks[:, :, 6:]) / 2], 2)  # standardised: 1 = open
+        return np.stack([np.concatenate([chunk, chunk[-1:].repeat(8 - len(chunk), 0)]) for chunk in chunks])
 
     episodes = [episode(seed=seed, trial=seed, widen=0.06, cameras=cameras, max_steps=300) for seed in range(3)]
     outcomes = play_all(episodes, evaluation.batch_policy(policy, 3), 2)
@@ -442,14 +442,14 @@ def test_batch_is_padded_and_split():
     """Five observations at a batch of three: two calls of three samples, actions in order, robosuite's gripper."""
     calls = []
 
-    def policy(images, instructions, proprio):
-        calls.append((images[0].shape, instructions))
-        return np.concatenate([proprio[:, None, :6], np.ones((3, 1, 1))], 2).astype(np.float32)  # 1 = open
+    def policy(images, instructions, proprio, gripper):
+        calls.append((images[0].shape, instructions, gripper))
+        return proprio[:, None]
 
     observations = [(str(n), [np.full((4, 4, 3), n, np.uint8)], np.full(8, n, np.float32)) for n in range(5)]
     actions = evaluation.batch_policy(policy, 3)(observations)
-    assert calls == [((3, 4, 4, 3), ["0", "1", "2"]), ((3, 4, 4, 3), ["3", "4", "3"])]
-    assert [a[0].tolist() for a in actions] == [[n] * 6 + [-1] for n in range(5)]  # robosuite: -1 = open
+    assert calls == [((3, 4, 4, 3), ["0", "1", "2"], "robosuite"), ((3, 4, 4, 3), ["3", "4", "3"], "robosuite")]
+    assert [a[0].tolist() for a in actions] == [[n] * 8 for n in range(5)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -646,19 +646,18 @@ def test_run_that_does_not_fit_the_simulator_is_refused(run):
         evaluation.check_policy(policy, config)
 
 
-def test_replay_goes_through_the_action_path(index):
+def test_replay_goes_through_the_action_path(dataset):
     """Recorded actions come back within the clipped range, the gripper's sign intact; starts are the data's."""
-    stats = statistics(index)["action"]
-    episodes = evaluation.plan_replay(evaluation.Config(), index, stats)
-    assert [len(e.actions) for e in episodes] == np.diff(index.starts).tolist()
-    assert np.array_equal(episodes[3].state, index.metadata["state"][3]) and episodes[3].seed == 10_003
-    played, recorded = np.concatenate([e.actions for e in episodes]), np.asarray(index.columns["action"])
-    inside = np.abs(normalise(standardise(recorded), stats)[:, :6]) < 1
+    stats = dataset.stats["action"]
+    episodes = evaluation.plan_replay(evaluation.Config(), dataset, stats)
+    assert [len(e.actions) for e in episodes] == np.diff(dataset.starts).tolist()
+    assert np.array_equal(episodes[3].state, dataset.metadata["state"][3]) and episodes[3].seed == 10_003
+    played, recorded = np.concatenate([e.actions for e in episodes]), dataset.stored_action(slice(None))
+    inside = np.abs(Normaliser(stats).normalise(recorded)[:, :6]) < 1
     inside &= np.not_equal(stats["min"], stats["max"])[:6]
     assert inside.mean() > 0.7 and np.abs(played[:, :6] - recorded[:, :6])[inside].max() < 1e-6
     assert (played[:, :6] <= np.array(stats["q99"][:6]) + 1e-6).all()
     assert np.array_equal(played[:, 6], recorded[:, 6])
-    assert np.array_equal(to_robosuite(standardise(recorded))[:, 6], played[:, 6])
 
 
 def test_replay_leaves_other_results_alone(rlds, cache, tmp_path):
@@ -670,7 +669,7 @@ def test_replay_leaves_other_results_alone(rlds, cache, tmp_path):
     assert path.read_text() == before
 
 
-def test_data_without_starts_cannot_be_replayed(index):
+def test_data_without_starts_cannot_be_replayed():
     """The released data does not hold them, and the error says so."""
     bare = SimpleNamespace(metadata={"file_path": ["x"]})
     with pytest.raises(

@@ -26,9 +26,9 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def cameras(index):
+def cameras(dataset):
     """How the training images were stored, as a run's config states it."""
-    return {name: index.storage_options(name) for name in ("image", "wrist_image")}
+    return {name: dataset.storage_options(name) for name in dataset.cameras}
 
 
 @pytest.fixture
