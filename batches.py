@@ -1,8 +1,9 @@
 """Samples, batches and pixels: from the steps of data sets to what a model is trained on.
 
 The sample at a position of the stream is a pure function of (seed, position), so that any number of processes and of
-data workers, and any later start, sees the same batches; no table grows with the data. Pixels are cropped, resized and
-coloured on the whole batch, on its device, with the augmentation of OpenVLA-OFT (arXiv 2502.19645).
+data workers, and any later start, sees the same batches; memory grows with the number of episodes alone. Pixels are
+cropped, resized and coloured on the whole batch, on its device, with the augmentation of OpenVLA-OFT (arXiv
+2502.19645).
 Left out: samples of latent models (train_latent.py).
 
 Axes: S steps of a data set, E episodes, B batch, C cameras, H chunk steps, A action size, N proprio size, P codes per
@@ -28,7 +29,7 @@ def permute(position, count, keys):
     """Return where a pseudo-random permutation of 0 .. count - 1 puts `position`: a Feistel network.
 
     keys: an even number of integers, one for each round. Numbers beyond `count` are permuted again until they are below
-    (cycle walking), which takes two tries at most on average.
+    (cycle walking): at most two tries on average, for three numbers or more.
     """
     bits = max(2, (count - 1).bit_length())
     while True:
@@ -146,9 +147,10 @@ class ActionChunks(ShuffledSteps):
     actions         f32 [H, A] normalised                   valid    bool [H], False past the end of the episode
     action_weight   f32 [A], the weight of each dimension's error; 0 for video, and for dimensions that are padding
     text            str, the instruction                    draws    f32 [C, 6] in [0, 1): what augmentation uses
-    source          i64 [], number of its source            embodiment  i64 [], number of its embodiment
-    num_cameras     i64 [], how many of the cameras it has; the others are black
     codes           i64 [H, P] and vectors f32 [H, P, d], when labels are given
+
+    and, when there are several sources, the number of its own, of its embodiment, and of its cameras (the others are
+    black): source, embodiment and num_cameras, i64 [] each.
 
     Data sets of different embodiments are padded with 0 to the largest A, N and C. The error of a sample is a mean over
     its own dimensions, and that of labelled samples is divided by their expected share, so that neither padding nor
@@ -171,6 +173,21 @@ class ActionChunks(ShuffledSteps):
         self.image_sides = common_sides(datasets, cameras)
         expected = [count for source, count in zip(self.sources, self.counts) if source.labelled]
         self.labelled_share = sum(expected) / self.epoch_length
+        self.fixed = [self._fixed_entries(number) for number in range(len(self.sources))]
+
+    def _fixed_entries(self, number):
+        """Return what all items of a source have in common."""
+        source = self.sources[number]
+        dataset = self.datasets[source.dataset]
+        weight = torch.zeros(self.action_size)
+        if source.labelled:
+            weight[: dataset.action_size] = self.action_size / dataset.action_size / self.labelled_share
+        entries = {"action_weight": weight}
+        if len(self.sources) > 1:
+            entries["source"] = torch.tensor(number)
+            entries["embodiment"] = torch.tensor(self.names.index(dataset.spec.embodiment))
+            entries["num_cameras"] = torch.tensor(len(self.cameras[source.dataset]))
+        return entries
 
     def __getitem__(self, position):
         """Return the item at a position of the stream, with augmentation draws keyed by (seed, position)."""
@@ -187,30 +204,17 @@ class ActionChunks(ShuffledSteps):
             "proprio": torch.from_numpy(pad(dataset.normalised_state([step])[0], self.state_size)),
             "valid": torch.from_numpy(valid),
             "text": dataset.instruction(step),
-            "source": torch.tensor(number),
-            "embodiment": torch.tensor(self.names.index(dataset.spec.embodiment)),
-            "num_cameras": torch.tensor(len(self.cameras[source.dataset])),
         }
-        item |= self._actions(dataset, steps, valid, source.labelled)
+        item |= self.fixed[number]
+        if source.labelled:
+            item["actions"] = torch.from_numpy(pad(action_chunk(dataset, steps, valid), self.action_size))
+        else:
+            item["actions"] = torch.zeros(self.chunk, self.action_size)
         if self.labels is not None:
             labels = self.labels[source.dataset]
             item["codes"] = torch.from_numpy(labels.codes[steps].astype(np.int64))  # [H, P]
             item["vectors"] = torch.from_numpy(labels.vectors[steps].astype(np.float32))  # [H, P, d]
         return item
-
-    def _actions(self, dataset, steps, valid, labelled):
-        weight = np.zeros(self.action_size, np.float32)
-        if not labelled:
-            return {
-                "actions": torch.zeros(self.chunk, self.action_size),
-                "action_weight": torch.from_numpy(weight),
-            }
-        weight[: dataset.action_size] = self.action_size / dataset.action_size / self.labelled_share
-        actions = action_chunk(dataset, steps, valid)
-        return {
-            "actions": torch.from_numpy(pad(actions, self.action_size)),
-            "action_weight": torch.from_numpy(weight),
-        }
 
     def _images(self, number, step):
         """Return the images of a step, black ones for cameras that the data set does not have."""

@@ -23,9 +23,9 @@ import tyro
 import lerobot_data
 import rlds
 import video
-from dataspec import GRIPPER_SLACK, find_spec, format_spec, gripper_faults, part_size, split_part
+from dataspec import GRIPPER_SLACK, find_spec, fit_image, format_spec, gripper_faults, part_size, read_parts
 from files import read_json, write_json
-from index import CACHE, ROWS, raise_fault
+from index import CACHE, ROWS, SMALL, raise_fault
 from inspection import check_dataset, contact_sheet, print_summary
 from normalise import Normaliser, column_statistics, standardise
 
@@ -49,8 +49,6 @@ class Dataset:
         self.starts, self.num_episodes = index.starts, index.num_episodes
         self.episode_of, self.locate = index.episode_of, index.locate
         self.cameras = list(spec.cameras)
-        self.action_parts = [split_part(part) for part in spec.action]
-        self.state_parts = [split_part(part) for part in spec.state]
         self.action_size = part_size(index, spec.action)  # A; 0: video without actions
         self.state_size = part_size(index, spec.state)  # N; 0: there is no state
 
@@ -59,7 +57,7 @@ class Dataset:
 
     def stored_action(self, steps):
         """Return the actions of some steps as they are in the data, f32 [n, A]. steps: i64 [n] or a slice."""
-        return self._join(self.action_parts, steps)
+        return read_parts(self.index, self.spec.action, steps)
 
     def action(self, steps):
         """Return standardised actions f32 [n, A]: grippers 1 open and 0 closed."""
@@ -67,17 +65,7 @@ class Dataset:
 
     def state(self, steps):
         """Return states f32 [n, N] in physical units."""
-        return self._join(self.state_parts, steps)
-
-    def _join(self, parts, steps):
-        arrays = []
-        for path, cut in parts:
-            rows = self.index.columns[path][steps]
-            arrays.append(rows.reshape(len(rows), -1)[:, cut])
-        if not arrays:
-            count = len(range(len(self))[steps]) if isinstance(steps, slice) else len(steps)
-            return np.zeros((count, 0), np.float32)
-        return np.concatenate(arrays, 1, dtype=np.float32)
+        return read_parts(self.index, self.spec.state, steps)
 
     def instruction(self, step):
         """Return the instruction of a step."""
@@ -174,29 +162,27 @@ class Dataset:
     def state_normaliser(self):
         return Normaliser(self.stats["proprio"])
 
+    @cached_property
+    def _small_actions(self):
+        return self.action_normaliser.normalise(self.action(slice(None)))  # [S, A]
+
+    @cached_property
+    def _small_states(self):
+        return self.state_normaliser.normalise(self.state(slice(None)))  # [S, N]
+
     def normalised_action(self, steps):
-        """Return actions as a model is trained on them, f32 [n, A]."""
+        """Return actions as a model is trained on them, f32 [n, A]. Those of a small data set are kept in memory."""
+        if len(self) * self.action_size * 4 <= SMALL:
+            return self._small_actions[steps]
         return self.action_normaliser.normalise(self.action(steps))
 
     def normalised_state(self, steps):
-        """Return states as a model sees them, f32 [n, N]."""
+        """Return states as a model sees them, f32 [n, N]. Those of a small data set are kept in memory."""
         if not self.state_size:
             return self.state(steps)
+        if len(self) * self.state_size * 4 <= SMALL:
+            return self._small_states[steps]
         return self.state_normaliser.normalise(self.state(steps))
-
-
-def fit_image(pixels, fit):
-    """Return u8 [h, w, 3] made square by padding with black ("pad") or by its centre ("crop"); else as it is."""
-    height, width = pixels.shape[:2]
-    if height == width or fit not in ("pad", "crop"):
-        return pixels
-    side = max(height, width) if fit == "pad" else min(height, width)
-    top, left = abs(side - height) // 2, abs(side - width) // 2
-    if fit == "crop":
-        return pixels[top : top + side, left : left + side]
-    square = np.zeros((side, side, 3), np.uint8)
-    square[top : top + height, left : left + width] = pixels
-    return square
 
 
 def nonfinite_faults(dataset, name, read):
@@ -233,8 +219,13 @@ def open_index(path, cache=CACHE, on_fault=None):
     if not path.is_dir():
         raise FileNotFoundError(f"no such data directory: {path}. Give --data a folder with {known}.")
     matching = [module for module in FORMATS if module.is_dataset(path)]
-    if len(matching) != 1:
-        raise ValueError(f"{path} holds data of {len(matching)} known formats. Give --data a folder with {known}.")
+    if len(matching) > 1:
+        raise ValueError(f"{path} holds {' and '.join(module.FORMAT for module in matching)}; separate them.")
+    if not matching:
+        folders = [child for child in sorted(path.iterdir()) if child.is_dir()]
+        inside = [child.name for child in folders if any(module.is_dataset(child) for module in FORMATS)]
+        hint = f", one of its folders {', '.join(inside[:8])}" if inside else ""
+        raise ValueError(f"{path} holds no data set of a known format. Give a folder with {known}{hint}.")
     return matching[0].open_index(path, cache, on_fault)
 
 
@@ -263,6 +254,8 @@ def open_datasets(paths, cache=CACHE, specs=()):
     """Return the `Dataset` of each path. specs: none, or one for each. Raises ValueError where two have one name."""
     datasets = [open_dataset(path, cache, spec) for path, spec in zip(paths, specs or [""] * len(paths), strict=True)]
     names = [dataset.name for dataset in datasets]
+    for dataset in datasets:
+        _ = dataset.stats  # faults of the numbers are found now, before a model is built
     if len(set(names)) < len(names):
         folders = ", ".join(map(str, paths))
         raise ValueError(
@@ -282,17 +275,17 @@ def check_embodiments(datasets):
         other = first.setdefault((spec.embodiment, bool(dataset.action_size)), dataset)
         known = first.setdefault((spec.embodiment, None), dataset)
         pairs = {
-            "cameras": (len(spec.cameras), len(known.spec.cameras)),
-            "action size": (dataset.action_size, other.action_size),
-            "state size": (dataset.state_size, other.state_size),
-            "absolute": (spec.absolute, other.spec.absolute),
-            "grippers": ([each.index for each in spec.grippers], [each.index for each in other.spec.grippers]),
+            "cameras": (known, list(spec.cameras), list(known.spec.cameras)),
+            "action sizes": (other, dataset.action_size, other.action_size),
+            "state sizes": (other, dataset.state_size, other.state_size),
+            "absolute dimensions": (other, spec.absolute, other.spec.absolute),
+            "grippers": (other, [each.index for each in spec.grippers], [each.index for each in other.spec.grippers]),
         }
-        for name, (own, expected) in pairs.items():
+        for name, (compared, own, expected) in pairs.items():
             if own != expected:
                 raise ValueError(
-                    f"{dataset.name} and {other.name} are both described as '{spec.embodiment}', but their {name} are "
-                    f"{own} and {expected}; give one another embodiment"
+                    f"{dataset.name} and {compared.name} are both described as '{spec.embodiment}', but their {name} "
+                    f"are {own} and {expected}; give one of them another embodiment, or the same names of cameras"
                 )
 
 
@@ -327,9 +320,9 @@ def main():
         raise SystemExit(int(check_dataset(config, open_dataset) > 0))
     try:
         dataset = open_dataset(config.data, config.cache, config.spec)
+        print_summary(dataset)
     except (ValueError, FileNotFoundError) as error:  # its text is the answer; a traceback would bury it
         raise SystemExit(f"error: {error}") from None
-    print_summary(dataset)
     path = dataset.cache / "contact_sheet.png"
     contact_sheet(dataset).save(path)
     print(f"contact sheet: {path}")

@@ -21,6 +21,7 @@ import numpy as np
 
 NORMALISATIONS = ("bounds_q99", "bounds", "mean_std")
 IMAGE_FITS = ("", "pad", "crop", "squeeze")
+READ = 20_000  # steps, at most, in which actions are looked at to propose what they mean
 GRIPPER_SLACK = 0.1  # of the distance between open and closed, by which values may leave it or fail to reach it
 
 
@@ -83,6 +84,20 @@ def format_spec(spec):
     return json.dumps(to_dict(spec), indent=2)
 
 
+def fit_image(pixels, fit):
+    """Return u8 [h, w, 3] made square by padding with black ("pad") or by its centre ("crop"); else as it is."""
+    height, width = pixels.shape[:2]
+    if height == width or fit not in ("pad", "crop"):
+        return pixels
+    side = max(height, width) if fit == "pad" else min(height, width)
+    top, left = abs(side - height) // 2, abs(side - width) // 2
+    if fit == "crop":
+        return pixels[top : top + side, left : left + side]
+    square = np.zeros((side, side, 3), np.uint8)
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading a spec
 
@@ -141,7 +156,7 @@ def _check_entries(name, value, source):
         expected = "a name and a feature path for each camera"
     elif name == "grippers":
         valid = all(map(_is_gripper, value))
-        expected = 'for each gripper {"index", "open", "closed"}: a dimension and two numbers'
+        expected = 'for each gripper {"index", "open", "closed"}: a dimension and two numbers, as stored in the data'
     elif name == "latents":
         valid = not value or _is_latents(value)
         expected = (
@@ -380,6 +395,18 @@ def _is_vector(shape):
     return sum(size > 1 for size in shape) <= 1
 
 
+def read_parts(index, parts, steps):
+    """Return the numbers of some parts, joined, at some steps, f32 [n, size]. steps: i64 [n] or a slice."""
+    arrays = []
+    for path, cut in map(split_part, parts):
+        rows = index.columns[path][steps]
+        arrays.append(rows.reshape(len(rows), -1)[:, cut])
+    if not arrays:
+        count = len(range(len(index))[steps]) if isinstance(steps, slice) else len(steps)
+        return np.zeros((count, 0), np.float32)
+    return np.concatenate(arrays, 1, dtype=np.float32)
+
+
 def part_size(index, parts):
     """Return how many numbers some parts have together."""
     size = 0
@@ -480,8 +507,10 @@ def propose_spec(index):
     instruction = _first_path(index, "text", ("language_instruction", "instruction", "task", "caption"), guesses)
     if not instruction:
         guesses.append('there is no instruction; "text" can hold one for all')
+    if instruction and not any(text.strip() for text in index.texts[instruction].used()):
+        guesses.append(f'{instruction} is empty in all episodes; without instructions, "text" can hold one for all')
     spec = DataSpec(
-        "my_robot",
+        index.name,
         cameras=cameras,
         state=[state] if state else [],
         action=action,
@@ -489,7 +518,7 @@ def propose_spec(index):
         image_fit=fit,
     )
     if action:
-        _propose_grippers(index, spec, guesses)
+        _propose_conventions(index, spec, guesses)
     else:
         guesses.append("there is no action: the data can only train latent losses")
     return spec, guesses
@@ -515,23 +544,42 @@ def _action_parts(index, guesses):
     return paths
 
 
-def _propose_grippers(index, spec, guesses):
-    steps = slice(0, 20_000)
-    rows = [index.columns[path][steps] for path in spec.action if len(index)]
-    if not rows:
-        return
-    actions = np.concatenate([part.reshape(len(part), -1) for part in rows], 1)
-    for number in range(actions.shape[1]):
-        values = np.unique(actions[:, number])
-        if len(values) == 2:
-            low, high = map(float, values)
-            spec.grippers.append(Gripper(number, open=high, closed=low))
-            guesses.append(
-                f"dimension {number} of the action is a gripper: {high:g} open, {low:g} closed (or reversed)"
-            )
+def _propose_conventions(index, spec, guesses):
+    """Add what the values and names of the action say of its grippers and absolute targets."""
+    actions = read_parts(index, spec.action, slice(0, READ))
+    names = [name for part in spec.action for name in index.features[split_part(part)[0]].names]
+    if len(names) == actions.shape[1]:
+        spec.action_names = names
+    starts = index.starts[:-1][index.starts[:-1] < len(actions)]
+    for number in gripper_dimensions(actions, spec.action_names):
+        low, high = float(actions[:, number].min()), float(actions[:, number].max())
+        nearer_high = (actions[starts, number] > (low + high) / 2).mean()
+        spec.grippers.append(Gripper(number, open=None, closed=None))
+        guesses.append(
+            f"dimension {number} of the action is a gripper, from {low:g} to {high:g}: write which of them is open and "
+            f"which is closed (at the start of {nearer_high:.0%} of the episodes it is nearer to {high:g}), or leave "
+            "the gripper out"
+        )
     if not spec.grippers:
-        guesses.append("the action has no gripper (no dimension has just two values)")
-    guesses.append('all motion is relative; "absolute" lists the dimensions that are absolute targets')
+        guesses.append("the action has no gripper (no dimension is called so, or has just two values)")
+    grippers = {gripper.index for gripper in spec.grippers}
+    following = set(absolute_dimensions(actions, read_parts(index, spec.state, slice(0, READ)))) - grippers
+    if len(following) > (actions.shape[1] - len(grippers)) / 2:
+        spec.absolute = sorted(following)
+        guesses.append(f"dimensions {spec.absolute} of the action follow the state: they are absolute targets")
+    else:
+        guesses.append('all motion is relative; "absolute" lists the dimensions that are absolute targets')
+
+
+def gripper_dimensions(actions, names=()):
+    """Return the dimensions of stored actions [n, A] that look like grippers: of two common values, or called so."""
+    found = []
+    for number, column in enumerate(actions.T):
+        values, counts = np.unique(column, return_counts=True)
+        is_called_so = names and "grip" in names[number].lower()
+        if is_called_so or (len(values) == 2 and counts.min() >= 0.01 * len(column)):
+            found.append(number)
+    return found
 
 
 def explain_proposal(index):

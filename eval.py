@@ -626,7 +626,7 @@ def evaluate(config, policy):
     episodes = mark_videos(shard(plan_trials(config, policy), config.shard), config.video, path.with_suffix(""))
     for (suite,), group in group_by(map(vars, episodes), "suite").items():
         tasks = ", ".join(str(task) for (task,) in group_by(group, "task"))
-        print(f"{suite}: tasks {tasks} of {len(simulator.tasks(suite))}")
+        print(f"{suite}: task ids {tasks} (the suite has {len(simulator.tasks(suite))} tasks)")
     prompts = {episode.prompt for episode in episodes}
     policy.fit_instructions(prompts)
     if not config.mute:

@@ -25,6 +25,7 @@ CACHE = Path("~/.cache/latent-actions")  # where indices and labels are kept unl
 COPY_AGAIN = "Copy it again from where it came."
 INDEX_AGAIN = "Remove index.json in its folder, and the data is indexed again."
 ROWS = 1 << 16  # steps read at once where all are read
+SMALL = 8 << 20  # bytes of a column that is kept in memory once it is read
 INDEX_FORMAT = 4  # raise when the cached files change their meaning
 
 
@@ -34,13 +35,15 @@ class Feature(NamedTuple):
     kind: str  # "image", "number" or "text"
     dtype: str
     shape: tuple  # of one step; images: (height, width, channels), None where it is not known
+    names: tuple = ()  # of the numbers of a step, where the metadata has them
 
 
 class Column:
     """A row of numbers of every step, [S, ...], in a file of the cache or of labels.
 
-    column[steps] reads the rows of an int, a slice, or a list or array of ints; np.asarray(column) reads all. The file
-    is not mapped into memory, where every page that was read once would stay.
+    column[steps] reads the rows of an int, a slice, or a list or array of ints; np.asarray(column) reads all. A small
+    file is read once and stays in memory, read-only. A larger one is not mapped into memory either, where every page
+    that was read once would stay.
     """
 
     def __init__(self, path, dtype, shape, start=0):
@@ -51,6 +54,7 @@ class Column:
         self.row = math.prod(self.shape[1:]) * self.dtype.itemsize  # bytes
         self.start = start
         self.file = open(path, "rb", buffering=0)
+        self.rows = None  # all of them, of a small file
 
     def __len__(self):
         return self.shape[0]
@@ -61,6 +65,8 @@ class Column:
         return len(self.shape)
 
     def __getitem__(self, steps):
+        if len(self) * self.row <= SMALL:
+            return self._small_rows(steps)
         if isinstance(steps, slice):
             start, stop, stride = steps.indices(len(self))
             return self._read(start, max(start, stop)) if stride == 1 else self[np.arange(start, stop, stride)]
@@ -75,6 +81,17 @@ class Column:
         if last - first < 4 * len(steps):  # as of a chunk of actions
             return self._read(first, last + 1)[steps - first]
         return np.concatenate([self._read(step, step + 1) for step in map(int, steps)])
+
+    def _small_rows(self, steps):
+        if self.rows is None:
+            self.rows = self._read(0, len(self))
+            self.rows.flags.writeable = False
+        if isinstance(steps, (slice, int, np.integer)):
+            return self.rows[steps]
+        steps = np.asarray(steps, np.int64)
+        if len(steps) and steps.min() < 0:
+            raise IndexError(f"step {steps.min()} in {self.path}")
+        return self.rows[steps]
 
     def _read(self, start, stop):
         """Return the rows from `start` to before `stop`."""
@@ -99,7 +116,7 @@ class Column:
         """Return the same numbers as rows of another shape. shape: (S, ...), as of an array."""
         column = Column.__new__(Column)
         row = math.prod(shape[1:]) * self.dtype.itemsize
-        vars(column).update(vars(self) | {"shape": shape, "row": row})  # with the same open file
+        vars(column).update(vars(self) | {"shape": shape, "row": row, "rows": None})  # with the same open file
         return column
 
 
@@ -218,11 +235,6 @@ def episode_steps(index, episodes=None):
     if episodes is None:
         return np.arange(len(index))
     return np.concatenate([np.zeros(0, np.int64), *(np.arange(index.starts[e], index.starts[e + 1]) for e in episodes)])
-
-
-def step_episodes(index):
-    """Return the episode of every step, i64 [S]."""
-    return np.repeat(np.arange(index.num_episodes), np.diff(index.starts))
 
 
 def split_episodes(index, val_fraction, seed):

@@ -8,13 +8,12 @@ Axes: S steps of a data set, A action size.
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataspec import absolute_dimensions, format_spec
+from dataspec import READ, absolute_dimensions, format_spec, gripper_dimensions
 from normalise import rare_motions
 from targets import label_path, load_labels
 
 THUMBNAIL = 160  # pixels, the side of a frame in the contact sheet
 SHOWN = 12  # instructions, at most, that are listed
-READ = 20_000  # steps, at most, in which actions are compared with states
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,13 +39,37 @@ def print_summary(dataset):
     print(f"  not used: {', '.join(unused) or 'nothing'}")
     for name, column in (("action", "action"), ("state", "proprio")):
         if column in dataset.stats:
-            _print_ranges(name, dataset.stats[column], dataset.spec.action_names if name == "action" else [])
+            labels = gripper_labels(dataset) if name == "action" else {}
+            _print_ranges(name, dataset.stats[column], labels)
     for number, (gripper, shares) in enumerate(zip(dataset.spec.grippers, dataset.gripper_shares().T)):
         opened, closed, between = shares
         print(
             f"  gripper {number} (dimension {gripper.index}): open ({gripper.open:g}) {opened:.0%}, closed "
             f"({gripper.closed:g}) {closed:.0%}, between {between:.0%} of the steps"
         )
+
+
+def gripper_labels(dataset):
+    """Return {dimension of the action: its name}; of grippers with what the numbers mean."""
+    labels = dict(enumerate(dataset.spec.action_names))
+    for gripper in dataset.spec.grippers:
+        name = labels.get(gripper.index, "gripper")
+        labels[gripper.index] = f"{name}: 1 open ({gripper.open:g} in the data), 0 closed ({gripper.closed:g})"
+    return labels
+
+
+def describe_reading(dataset):
+    """Return one line that says how a data set is read."""
+    spec = dataset.spec
+    ends = [f"{gripper.index} ({gripper.open:g} open, {gripper.closed:g} closed)" for gripper in spec.grippers]
+    parts = [
+        f"cameras {', '.join(spec.cameras)}",
+        f"state of {dataset.state_size}",
+        f"action of {dataset.action_size}" if dataset.action_size else "no actions (video)",
+        *([f"gripper {', '.join(ends)}"] if ends else []),
+        f"{len(dataset.instructions())} instructions",
+    ]
+    return f"{dataset.name}: {dataset.num_episodes} episodes, described by {dataset.source}: {'; '.join(parts)}"
 
 
 def _print_instructions(dataset):
@@ -61,7 +84,7 @@ def _print_instructions(dataset):
 def _print_ranges(name, stats, labels):
     print(f"  {name}       {'min':>9} {'1 %':>9} {'mean':>9} {'99 %':>9} {'max':>9}")
     for number, values in enumerate(zip(*(stats[kind] for kind in ("min", "q01", "mean", "q99", "max")), strict=True)):
-        label = labels[number] if labels else ""
+        label = labels.get(number, "")
         notes = " (by min and max: it rarely moves)" if number in rare_motions(stats) else ""
         notes += "" if stats["mask"][number] else " (not normalised)"
         print(f"  {number:6d}       " + " ".join(f"{value:9.4f}" for value in values) + f"  {label}{notes}")
@@ -70,6 +93,7 @@ def _print_ranges(name, stats, labels):
 def contact_sheet(dataset, episodes=8):
     """Return a PIL image with one column per episode and, for each camera, its first and its last frame.
 
+    Captions say how far each gripper is open, so that one can see whether that is so.
     episodes: how many are shown, at most, evenly spread over the data set.
     """
     shown = np.unique(np.linspace(0, dataset.num_episodes - 1, episodes).astype(int))
@@ -84,6 +108,9 @@ def contact_sheet(dataset, episodes=8):
             y = row * THUMBNAIL
             sheet.paste(frame, (x, y))
             caption = f"episode {episode}, {camera}, {place}"
+            for gripper in dataset.spec.grippers:
+                opening = dataset.action([step])[0, gripper.index]
+                caption += f"\ngripper {gripper.index} {opening:.0%} open"
             draw.text((x + 4, y + 4), caption, fill="white", stroke_width=1, stroke_fill="black")
     return sheet
 
@@ -193,6 +220,12 @@ def odd_numbers(dataset):
                 f"{dataset.directory}: the gripper, dimension {gripper.index} of the action, is neither open nor "
                 f"closed in {between:.0%} of the steps; is it one?"
             )
+    grippers = gripper_dimensions(dataset.stored_action(slice(0, READ)), dataset.spec.action_names)
+    for dimension in sorted(set(grippers) - {gripper.index for gripper in dataset.spec.grippers}):
+        yield (
+            f"{dataset.directory}: dimension {dimension} of the action has just two values, or is called a gripper, "
+            "but the description has no such gripper: it is trained as a motion"
+        )
     relative = set(range(dataset.action_size)) - set(dataset.spec.absolute)
     relative -= {gripper.index for gripper in dataset.spec.grippers}
     following = absolute_dimensions(dataset.stored_action(slice(0, READ)), dataset.state(slice(0, READ)))

@@ -209,8 +209,15 @@ def read_feature(path, entry, source):
     if dtype == "string":
         return Feature("text", "str", ())
     if re.fullmatch(r"bool|float(16|32|64)|u?int(8|16|32|64)", dtype):
-        return Feature("number", dtype, () if shape == (1,) else shape)
+        return Feature("number", dtype, () if shape == (1,) else shape, _number_names(entry.get("names")))
     return None
+
+
+def _number_names(names):
+    """Return the names of a feature's numbers, stored as a list or as {"motors": list}; () without."""
+    if isinstance(names, dict) and len(names) == 1:
+        (names,) = names.values()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _image_feature(entry, shape):

@@ -96,6 +96,9 @@ def check_model_config(config):
             f"placeholders_per_step is {config.placeholders_per_step} with {config.variant}; "
             "only the baseline takes more than 1"
         )
+    if config.head_width % max(4, config.head_width // 64):
+        heads = max(4, config.head_width // 64)
+        raise ValueError(f"head_width is {config.head_width}; it must be a multiple of {heads}")
     if config.continuous and VARIANTS[config.variant].loss != "codes":
         names = [name for name, variant in VARIANTS.items() if variant.loss == "codes"]
         raise ValueError(f"continuous targets are for {', '.join(names)}, not for {config.variant}")
@@ -229,7 +232,7 @@ class VLA(nn.Module):
             raise ValueError(f"align_layer is {config.align_layer}, but {config.backbone} has layers 1 to {layers}")
         self.head_layers = range(math.ceil(layers / 2), layers + 1)
         self.latent_layer = layers  # whose placeholder states the latent loss reads
-        if self.variant.loss == "cosine":
+        if self.variant.loss and not self.variant.latents:  # without placeholders of its own
             self.latent_layer = config.align_layer or round(17 * layers / 28)
         self.head = ActionHead(config, width, len(self.head_layers), config.head_width or min(width, 1024))
         self.latent_head = self._latent_head(width)
@@ -301,6 +304,8 @@ class VLA(nn.Module):
             guess = self.latent_head(latents)  # [B, H, d]
             error = 1 - F.cosine_similarity(guess, batch["vectors"].mean(2), dim=-1)  # [B, H]
             return error * valid, {}
+        if self.variant.loss != "codes":
+            raise ValueError(f"variant {self.config.variant} has the latent loss '{self.variant.loss}', which is none")
         guess = self.latent_head(latents[:, : self.num_latents])  # [B, H P, K or d]
         guess = guess.unflatten(1, (self.config.chunk, self.config.codes_per_step))  # [B, H, P, K or d]
         if self.config.continuous:

@@ -13,7 +13,7 @@ from backbone import prompt_ids
 from batches import resize_image
 from checkpoint import load_trainable
 from common import check_bf16_support
-from dataspec import PRESETS, parse_spec
+from dataspec import PRESETS, fit_image, format_spec, parse_spec
 from files import load_tensors, read_json
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
@@ -160,16 +160,19 @@ class Policy:
         """Return what `VLA.predict` takes; cameras and numbers that the embodiment lacks are 0."""
         count = len(instructions)
         config = self.vla.config
-        sides = self.data_entry.get("image_sides", [0] * len(images))
-        images = [
-            np.stack([resize_image(image, side) for image in np.asarray(camera)])
-            for camera, side in zip(images, sides, strict=True)
-        ]
+        names = list(self.data_entry["cameras"])
+        if len(images) != len(names):
+            raise ValueError(f"there are images of {len(images)} cameras; the policy has {', '.join(names)}")
+        sides = self.data_entry.get("image_sides", [0] * len(names))
+        images = [self._fit_images(*entry, count) for entry in zip(names, images, sides)]
         images = [torch.as_tensor(camera, device=self.device) for camera in images]
         absent = torch.zeros(count, 32, 32, 3, dtype=torch.uint8, device=self.device)
         state = np.zeros((count, config.proprio_size), np.float32)
         if self.state:
-            normalised = self.state.normalise(np.asarray(proprio))
+            proprio = np.asarray(proprio)
+            if proprio.shape != (count, len(self.state.low)):
+                raise ValueError(f"proprio has the shape {proprio.shape}; it must be {(count, len(self.state.low))}")
+            normalised = self.state.normalise(proprio)
             state[:, : normalised.shape[1]] = normalised
         return {
             "images": images + [absent] * (config.cameras - len(images)),
@@ -178,3 +181,19 @@ class Policy:
             "embodiment": torch.full((count,), self.embodiment, device=self.device),
             "num_cameras": torch.full((count,), len(images), device=self.device),
         }
+
+    def _fit_images(self, name, images, side, count):
+        """Return a camera's images u8 [B, h, w, 3] as in training: grey ones repeated, square, resized to `side`."""
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count or images.shape[3] not in (1, 3):
+            raise ValueError(
+                f"images of {name} are {images.dtype} {images.shape}; they must be uint8 [{count}, height, width, 3]"
+            )
+        height, width = images.shape[1:3]
+        if height != width and not self.spec.image_fit:
+            raise ValueError(
+                f"images of {name} have {height} x {width} pixels, but the policy was trained on square ones; pad or "
+                f"crop them first. Its description:\n{format_spec(self.spec)}"
+            )
+        images = images.repeat(3 // images.shape[3], 3)
+        return np.stack([resize_image(fit_image(image, self.spec.image_fit), side) for image in images])

@@ -4,6 +4,7 @@ Which episodes keep their actions, which are video; what each embodiment's sizes
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,11 +17,12 @@ from torch import nn
 from backbone import prompt_ids, text_tokenizer
 from batches import ActionChunks, EpisodeSteps, Source
 from checkpoint import prepare_run
-from common import git_commit
+from common import git_commit, print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
 from files import to_json, write_json
 from index import split_episodes
+from inspection import describe_reading
 from lora import base_hash
 from model import VARIANTS, VLA, ModelConfig
 from normalise import statistics_hash
@@ -48,6 +50,10 @@ def prepare(config, ranks, free_to_change):
     """
     datasets = open_datasets(config.data, config.cache, config.spec)
     check_embodiments(datasets)
+    for dataset in datasets:
+        print0(describe_reading(dataset))
+        if not all(text.strip() for text in dataset.instructions()):
+            print0(f"WARNING: {dataset.name} has episodes whose instruction is empty")
     cameras = [choose_cameras(config, dataset) for dataset in datasets]
     chunk = choose_chunk(config.chunk, datasets)
     splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
@@ -75,6 +81,72 @@ def prepare(config, ranks, free_to_change):
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
     return Setup(dataset, held_out, vla, tokenizer, run, resuming, description)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def check_config(config, world):
+    """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
+    shares = config.global_batch_size / world
+    if shares != int(shares) or shares < 1:
+        raise ValueError(
+            f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes"
+        )
+    if config.per_device_batch_size and shares % config.per_device_batch_size:
+        raise ValueError(
+            f"per_device_batch_size is {config.per_device_batch_size}; "
+            f"it must divide the {int(shares)} samples of each process"
+        )
+    positive = "max_steps save_every val_every placeholders_per_step lr_decay_every keep max_skipped timeout"
+    for name in positive.split():
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if ignored := ignored_options(config):
+        option, reason = ignored
+        raise ValueError(f"{option} has no effect with {reason}; leave it out")
+    for name in ("data_weights", "labels", "spec"):
+        if getattr(config, name) and len(getattr(config, name)) != len(config.data):
+            raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
+    for name in ("chunk", "episodes", "rest_weight"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
+    for name in ("data_fraction", "warmup_ratio"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be from 0 to 1")
+    if min(config.data_weights, default=0) < 0:
+        raise ValueError(f"data_weights are {config.data_weights}; none may be negative")
+    if len(set(config.cameras)) < len(config.cameras):
+        raise ValueError(f"cameras are {', '.join(config.cameras)}; name each once")
+    if config.episodes and config.data_fraction < 1:
+        raise ValueError(f"both episodes ({config.episodes}) and data_fraction ({config.data_fraction}) are given")
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
+    if config.resume and not config.out:
+        raise ValueError("resume is set but out is not: say which run to continue with --out")
+    if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
+
+
+def ignored_options(config):
+    """Return (an option that was given but changes nothing, with what it changes nothing), or None."""
+    variant = VARIANTS[config.variant]
+    name = f"--variant {config.variant}"
+    cases = [
+        ("--latent-weight", config.latent_weight >= 0 and not variant.loss, name),
+        ("--align-layer", config.align_layer and (variant.latents or not variant.loss), name),
+        ("--rest-weight", config.rest_weight != 1 and config.rest != "video", f"--rest {config.rest}"),
+        ("--lr-decay-every", config.lr_decay_every != 10_000 and config.lr_scheduler != "step", "this --lr-scheduler"),
+    ]
+    return next(((option, reason) for option, given, reason in cases if given), None)
+
+
+def next_command(run, description):
+    """Return what to do with a trained run: evaluate it, if a simulator has its robot."""
+    if any(entry["embodiment"] == "libero" for entry in description["data"]):
+        return f"python eval.py {run}"
+    return f'use it from Python: Policy("{run}"), see docs/training.md'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +279,9 @@ def make_model_config(config, dataset, labels, tokenizer):
         lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets,
         head_width=config.head_width,
-        gate=1.0 if config.backbone in SIZES else 0.0,  # a random backbone learns slower when images are gated off
+        gate=1.0
+        if config.backbone in SIZES
+        else 0.0,  # at 0 a random backbone learns slower: it sees an even mix of images
         embodiments=embodiment_sizes(config, dataset),
     )
 

@@ -239,5 +239,5 @@ def add_action_codes(batch, tokenizer):
 
     batch: actions f32 [B, H, A] normalised, valid bool [B, H] and embodiment i64 [B]; tokenizer: an `ActionTokenizer`.
     """
-    codes, vectors = tokenizer.encode(batch["actions"], batch["valid"], batch["embodiment"])
+    codes, vectors = tokenizer.encode(batch["actions"], batch["valid"], batch.get("embodiment"))
     return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}

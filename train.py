@@ -13,7 +13,6 @@ per step) and training-<step>.safetensors (what --resume needs). The global batc
 """
 
 import math
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ from common import (
 from files import save_tensors
 from index import CACHE
 from model import ACTION_LOSSES, VARIANTS
-from prepare import prepare
+from prepare import check_config, next_command, prepare
 from targets import add_action_codes
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
@@ -175,40 +174,6 @@ class Config:
     """log to this wandb project too"""
 
 
-def check(config, world):
-    """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
-    shares = config.global_batch_size / world
-    if shares != int(shares) or shares < 1:
-        raise ValueError(
-            f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes"
-        )
-    if config.per_device_batch_size and shares % config.per_device_batch_size:
-        raise ValueError(
-            f"per_device_batch_size is {config.per_device_batch_size}; "
-            f"it must divide the {int(shares)} samples of each process"
-        )
-    positive = "max_steps save_every val_every placeholders_per_step lr_decay_every keep max_skipped timeout"
-    for name in positive.split():
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("data_weights", "labels", "spec"):
-        if getattr(config, name) and len(getattr(config, name)) != len(config.data):
-            raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
-    for name in ("chunk", "episodes", "rest_weight"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
-    if not 0 <= config.data_fraction <= 1:
-        raise ValueError(f"data_fraction is {config.data_fraction}; it must be from 0 to 1")
-    if config.episodes and config.data_fraction < 1:
-        raise ValueError(f"both episodes ({config.episodes}) and data_fraction ({config.data_fraction}) are given")
-    if not 0 <= config.val_fraction < 1:
-        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
-    if config.resume and not config.out:
-        raise ValueError("resume is set but out is not: say which run to continue with --out")
-    if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts of the loop
 
@@ -255,8 +220,8 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
 def add_losses(totals, losses, sources, names, accumulation):
     """Add the losses of a micro-batch to `totals`, {"means": {name: tensor}, "sums": {name: [numerator, denominator]}}.
 
-    losses: of `VLA.forward`; sources: i64 [B]; names: of the sources. With several sources, each one's losses are
-    averaged over its own samples.
+    losses: of `VLA.forward`; sources: i64 [B], of several; names: of the sources. With several sources, each one's
+    losses are averaged over its own samples.
     """
     sums = losses.pop("sums")
     samples = losses.pop("samples")
@@ -340,7 +305,7 @@ def main(config):
     cuda = ranks.device.type == "cuda"
     if cuda:
         check_bf16_support(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    check(config, ranks.world)
+    check_config(config, ranks.world)
     setup = prepare(config, ranks, FREE_TO_CHANGE)
     vla, dataset, run = setup.vla, setup.dataset, setup.run
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
@@ -388,7 +353,7 @@ def main(config):
                 losses = ddp(batch)
                 spread = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
                 (losses["loss"] * spread / accumulation).backward()
-            add_losses(totals, losses, batch["source"], dataset.source_names, accumulation)
+            add_losses(totals, losses, batch.get("source"), dataset.source_names, accumulation)
 
         means = totals["means"]
         means["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
@@ -421,7 +386,7 @@ def main(config):
     if stopping:
         print0(f"SIGTERM: saved after {done} of {steps} steps. Continue: the same command with --out {run} --resume")
     else:
-        print0(f"run: {run}\nnext: python eval.py {run}")
+        print0(f"run: {run}\nnext: {next_command(run, setup.description)}")
     return run
 
 

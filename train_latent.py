@@ -667,10 +667,9 @@ def format_kmeans_comparison(tokenizer, parts):
                 means[number] = kmeans(actions[valid], tokenizer.num_codes)
             floor = torch.cdist(actions[valid], means[number]).amin(1).square().mean().item() / size
             title = f"{name} of {embodiment}" if len(samples.action_sizes) > 1 else name
+            compared = f"{error / floor:.2f} times k-means' {floor:.5f}" if floor > 1e-8 else "k-means has none"
             used = f"{len(codes[valid].unique())} of {tokenizer.num_codes} codes in use"
-            lines.append(
-                f"On {title}: {used}, squared error {error:.5f}, {error / floor:.2f} times k-means' {floor:.5f}"
-            )
+            lines.append(f"On {title}: {used}, squared error {error:.5f}, {compared}")
     return "\n".join(lines)
 
 

@@ -39,7 +39,7 @@ ABSURD_SIZES = {
     "codes_per_step": 10**6,
     "num_codes": 10**6,
     "code_dim": 10**6,
-    "head_width": 10**4,
+    "head_width": 10_240,
     "text_length": 10**4,
     "cameras": 10**4,
     "image_size": 32 * 10**4,

@@ -26,7 +26,13 @@ def test_missing_folder_and_unknown_format_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such data directory: .*nowhere.*RLDS"):
         data.open_index(tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds data of 0 known formats.*RLDS"):
+    with pytest.raises(
+        ValueError, match=r"empty holds no data set of a known format. Give a folder with RLDS.*one episode each.\.$"
+    ):
+        data.open_index(tmp_path / "empty", tmp_path)
+    (tmp_path / "empty" / "mine").mkdir()
+    (tmp_path / "empty" / "mine" / "features.json").write_text("{}")
+    with pytest.raises(ValueError, match="files., one of its folders mine|one episode each., one of its folders mine"):
         data.open_index(tmp_path / "empty", tmp_path)
 
 
@@ -43,7 +49,7 @@ def test_another_format_is_one_entry(rlds, cache, tmp_path, monkeypatch):
     assert data.open_index(tmp_path / "other", cache) == (tmp_path / "other", cache, None)
     folder = copy_rlds(rlds, tmp_path)
     (folder / "both").mkdir()
-    with pytest.raises(ValueError, match="made holds data of 2 known formats.*RLDS.* or OTHER"):
+    with pytest.raises(ValueError, match="made holds RLDS .* and OTHER .*; separate them"):
         data.open_index(folder, cache)
 
 
@@ -235,7 +241,7 @@ def test_columns_read_what_arrays_read(tmp_path):
         assert np.array_equal(pickle.loads(pickle.dumps(column))[steps], array[steps])
     assert np.array_equal(column.reshape(403, 2)[7:9], array.reshape(403, 2)[7:9])
     for steps in (403, -404, [5, 403], [-1, 0], np.array([1000])):
-        with pytest.raises(IndexError, match="of 403 in .*bin"):
+        with pytest.raises(IndexError):
             column[steps]
 
 

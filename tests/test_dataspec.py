@@ -10,7 +10,7 @@ from data_helpers import action_place, as_format, fitting_index, made_index
 import data
 from batches import action_chunk, chunk_steps
 from data import Dataset
-from dataspec import PRESETS, DataSpec, Gripper, find_spec, format_spec, parse_spec, propose_spec, read_spec, to_dict
+from dataspec import PRESETS, DataSpec, Gripper, find_spec, format_spec, propose_spec, read_spec, to_dict
 from index import Feature
 from normalise import unstandardise
 
@@ -200,7 +200,8 @@ def test_two_presets_that_fit_are_both_named(tmp_path):
 
 
 def test_no_description_ends_in_a_proposal_that_can_be_saved(tmp_path):
-    """With all features, what is guessed, and where to save it; saved, it reads the data."""
+    """With all features, what is guessed, and where to save it; with the gripper's ends filled in, it reads the data,
+    and not without."""
     index = libero_index(tmp_path)
     features = dict(index.features)
     features["observation/natural_language_instruction"] = features.pop("language_instruction")
@@ -210,10 +211,13 @@ def test_no_description_ends_in_a_proposal_that_can_be_saved(tmp_path):
         find_spec(index)
     text = str(error.value)
     assert "observation/state: number float32 8" in text and "the main camera is image" in text
-    assert "dimension 6 of the action is a gripper: 1 open, -1 closed (or reversed)" in text
+    assert "dimension 6 of the action is a gripper, from -1 to 1: write which of them is open" in text
     assert f"Save it, corrected, as {tmp_path}/spec.json, or give it with --spec FILE." in text
     proposal = text[text.index("{\n") : text.rindex("\n}") + 2]
-    assert parse_spec(json.loads(proposal), "") == propose_spec(index)[0]
+    (tmp_path / "spec.json").write_text(proposal)
+    with pytest.raises(ValueError, match="grippers is .*'open': None.*a dimension and two numbers, as stored"):
+        find_spec(index, "", [tmp_path])
+    proposal = proposal.replace('"open": null', '"open": -1').replace('"closed": null', '"closed": 1')
     (tmp_path / "spec.json").write_text(proposal)
     dataset = Dataset(index, *find_spec(index, "", [tmp_path]))
     assert dataset.instruction(0) == "put the bowl on the plate" and dataset.cameras == ["image", "wrist_image"]
@@ -236,7 +240,9 @@ def test_proposal_is_careful(tmp_path):
     assert spec.cameras == {"front": "b/front", "wrist": "a/wrist"} and spec.instruction == "x/caption"
     assert spec.action == ["action/turn", "action/grip"] and spec.state == ["observation/state"]
     (gripper,) = spec.grippers
-    assert gripper.index == 3 and np.allclose([gripper.open, gripper.closed], [0.08, 0])
+    assert (gripper.index, gripper.open, gripper.closed) == (3, None, None)
+    start = "at the start of 0% of the episodes it is nearer to 0.08"
+    assert any("a gripper, from 0 to 0.08: write which" in guess and start in guess for guess in guesses)
     assert any("the action joins action/turn, action/grip in this order" in guess for guess in guesses)
     spec, guesses = propose_spec(made_index(tmp_path, columns, {}, {"a/left": grey, "b/left": grey}))
     assert spec.cameras == {"a/left": "a/left", "b/left": "b/left"}

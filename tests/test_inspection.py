@@ -240,7 +240,16 @@ TRAINS = {
         [],
     ),
     "1 and 0, described": (lambda i: with_action(i, 6, np.arange(60) % 2), grippers_of(1), []),
-    "an angle, described": (lambda i: with_action(i, 6, np.linspace(-1, 1, 60)), grippers_of(0), []),
+    "an angle, described": (
+        lambda i: with_action(i, 6, np.linspace(-1, 1, 60)),
+        {"grippers": [], "action_names": []},
+        [],
+    ),
+    "two values, no gripper": (
+        lambda i: with_action(i, 6, np.arange(60) % 2),
+        {"grippers": [], "action_names": []},
+        ["dimension 6 of the action has just two values, or is called a gripper, but the description has no such"],
+    ),
     "a gripper that rests between": (
         lambda i: with_action(i, 6, np.linspace(0, 1, 60)),
         grippers_of(1),
@@ -387,14 +396,14 @@ def test_command_prints_what_is_in_the_data(rlds, dataset, cache, script_here):
             list(map(float, values)), np.array(expected)[:, number], atol=1e-4
         )
         assert dataset.spec.action_names[number] in line
-    assert table[6].endswith("gripper (not normalised)")
+    assert table[6].endswith("gripper: 1 open (-1 in the data), 0 closed (1) (not normalised)")
     opened = np.mean(action[:, 6] == 1)
     line = f"gripper 0 (dimension 6): open (-1) {opened:.0%}, closed (1) {1 - opened:.0%}, between 0% of the steps"
     assert line in done.text
     with Image.open(done.text.split("contact sheet: ")[1].strip()) as sheet:
         assert sheet.size == (8 * 160, 4 * 160)
         last = np.asarray(Image.fromarray(dataset.image("image", int(dataset.starts[1]) - 1)).resize((160, 160)), int)
-        assert np.abs(np.asarray(sheet, int)[160 + 20 : 320, 0:160] - last[20:]).max() == 0  # below its caption
+        assert np.abs(np.asarray(sheet, int)[160 + 40 : 320, 0:160] - last[40:]).max() == 0  # below its caption
 
 
 def test_command_shows_what_another_robot_has(odd, tmp_path, script_here):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -284,7 +285,7 @@ def losses_of(run):
 
 @pytest.fixture(scope="module")
 def proposed(tmp_path_factory):
-    """Folder of a data set whose description is what the error proposes, word for word; a cache beside it."""
+    """Folder of a data set whose description is what the error proposes, but for the gripper's ends; a cache beside."""
     folder = copy_set("v30", tmp_path_factory.mktemp("proposed"))
     (folder / "spec.json").unlink()
     with pytest.raises(ValueError, match="no description says what its features mean") as caught:
@@ -292,6 +293,8 @@ def proposed(tmp_path_factory):
     text = str(caught.value)
     proposal = text.partition("A description that may fit:\n")[2].partition("It guesses; check each:")[0]
     assert f"Save it, corrected, as {folder}/spec.json" in text and "the main camera is front" in text
+    low, high = re.search("dimension 4 of the action is a gripper, from (.*) to (.*): write which", text).groups()
+    proposal = proposal.replace('"open": null', f'"open": {high}').replace('"closed": null', f'"closed": {low}')
     (folder / "spec.json").write_text(proposal)
     return folder
 
@@ -309,7 +312,7 @@ def make_config(proposed):
 
 
 def test_what_is_proposed_trains(proposed, make_config, script_here):
-    """Five dimensions, no gripper, two video cameras of different sizes and one of pictures.
+    """Four dimensions and a gripper, with their names, two video cameras of different sizes and one of pictures.
 
     A baseline; a latent model, labels, and la_align, whose policy acts in the units of the data.
     """
@@ -330,7 +333,9 @@ def test_what_is_proposed_trains(proposed, make_config, script_here):
     (actions,) = policy(images, [dataset.instruction(20)], dataset.state([20]))
     low, high = (np.array(dataset.stats["action"][bound]) for bound in ("q01", "q99"))
     assert actions.shape == (8, 5) and (actions > low - high + low).all() and (actions < high + high - low).all()
-    assert np.array_equal(actions, policy(images, [dataset.instruction(20)], dataset.state([20]), "robosuite")[0])
+    assert dataset.spec.action_names == ["dx", "dy", "dz", "yaw", "grip"]
+    for_robosuite = policy(images, [dataset.instruction(20)], dataset.state([20]), "robosuite")[0]
+    assert np.array_equal(actions[:, :4], for_robosuite[:, :4]) and set(for_robosuite[:, 4]) <= {-1, 0, 1}
 
 
 def test_interrupted_run_resumes_bit_identically(make_config, proposed):

@@ -19,12 +19,17 @@ import normalise
 import probe
 import train_latent
 from data import open_dataset
-from index import episode_steps, later_steps, split_episodes, step_episodes
+from index import episode_steps, later_steps, split_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ridge regression
+
+
+def step_episodes(index):
+    """Return the episode of every step, i64 [S]."""
+    return np.repeat(np.arange(index.num_episodes), np.diff(index.starts))
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_any_robot_goes_the_whole_way(name, variant, config_for, made, tmp_path)
     sizes = policy.vla.config
     expected = (25, 14, 14, 3) if name == "two_arms" else (20, 5, 0, 1)
     assert (sizes.chunk, sizes.action_size, sizes.proprio_size, sizes.cameras) == expected
-    images = [dataset.image(camera, 3)[None] for camera in dataset.cameras]
+    images = [dataset.index.image(path, 3)[None] for path in dataset.spec.cameras.values()]  # as a camera gives them
     actions = policy(images, [dataset.instruction(3)], dataset.state([3]))
     assert actions.shape == (1, *expected[:2]) and np.isfinite(actions).all()
     batch = default_collate([prepared(config_for([name], tmp_path / "again", variant=variant)).dataset.sample(0, 3)])
@@ -138,6 +138,32 @@ def test_images_that_are_not_square_are_padded_in_training_and_in_the_policy(mad
     stored = dataset.index.image("observation.images.left", 4)
     assert frame.shape == (64, 64, 3) and np.array_equal(frame[8:56], stored)
     assert not frame[:8].any() and not frame[56:].any()
+
+
+def test_observation_that_does_not_fit_is_refused(config_for, made, tmp_path):
+    """By the camera's name, what came and what was expected; a grey image is repeated as in training."""
+    train.main(config_for(["five_joints"], tmp_path / "run", variant="baseline"))
+    policy = Policy(tmp_path / "run")
+    dataset, _ = made["five_joints"]
+    (camera,) = dataset.cameras
+    image = dataset.image(camera, 3)[None]
+    text = [dataset.instruction(3)]
+    grey = image[..., :1]
+    assert np.array_equal(policy([grey], text, None), policy([grey.repeat(3, 3)], text, None))
+    wrong = {
+        f"images of 2 cameras; the policy has {camera}": [image, image],
+        f"images of {camera} are float32 .* must be uint8": [image.astype(np.float32)],
+        rf"images of {camera} are uint8 \(3, .*must be uint8 \[1, height, width, 3\]": [image.transpose(0, 3, 1, 2)[0]],
+        "have 40 x 30 pixels, but the policy was trained on square ones": [image[:, :40, :30]],
+    }
+    for message, images in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            policy(images, text, None)
+    train.main(config_for(["two_arms"], tmp_path / "arms", variant="baseline"))
+    arms, (dataset, _) = Policy(tmp_path / "arms"), made["two_arms"]
+    images = [dataset.image(camera, 3)[None] for camera in dataset.cameras]
+    with pytest.raises(ValueError, match=r"proprio has the shape \(14,\); it must be \(1, 14\)"):
+        arms(images, text, dataset.state([3])[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +215,7 @@ def test_data_sets_of_one_robot_must_agree(robots, made, config_for, tmp_path):
     spec = json.loads((robots["five_joints"] / "spec.json").read_text()) | {"embodiment": "two_arms"}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     config = config_for(["two_arms", "five_joints"], tmp_path / "run", spec=("", str(tmp_path / "spec.json")), chunk=8)
-    with pytest.raises(ValueError, match="both described as 'two_arms', but their cameras are 1 and 3"):
+    with pytest.raises(ValueError, match=r"both described as 'two_arms', but their cameras are \['front'\] and \['top"):
         train.main(config)
     with pytest.raises(ValueError, match="different chunks, {'two_arms': 25, 'five_joints': 20}; choose one"):
         train.main(config_for(["two_arms", "five_joints"], tmp_path / "run"))

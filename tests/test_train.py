@@ -647,6 +647,12 @@ def test_what_is_decayed(train_config, tmp_path):
     ({"cameras": ("front",)}, r"no camera \['front'\]; it has \['image', 'wrist_image'\]"),
     ({"align_target": "quantised"}, "hold continuous vectors, but align_target is 'quantised'"),
     ({"chunk": 5, "variant": "la_tok"}, "action tokenizer .*'chunk': 8.*'chunk': 5"),
+    ({"latent_weight": 0.5, "variant": "baseline"}, "--latent-weight has no effect with --variant baseline; leave it"),
+    ({"align_layer": 2, "variant": "la_direct"}, "--align-layer has no effect with --variant la_direct; leave it out"),
+    ({"rest_weight": 2.0}, "--rest-weight has no effect with --rest drop; leave it out"),
+    ({"warmup_ratio": 2.0}, "warmup_ratio is 2.0; it must be from 0 to 1"),
+    ({"cameras": ("image", "image")}, "cameras are image, image; name each once"),
+    ({"head_width": 10}, "head_width is 10; it must be a multiple of 4"),
     ({"text_length": 8}, "text_length is 8; train with a larger --text-length"),
     ({"tuning": "frozen"}, "tuning is 'frozen', but the tiny backbone is always trained in full"),
 ))  # fmt: skip
@@ -660,7 +666,7 @@ def test_settings_that_cannot_work(changes, message, train_config, tmp_path):
 def test_batch_that_the_processes_cannot_share(train_config, tmp_path):
     """6 samples for 4 processes."""
     with pytest.raises(ValueError, match="global_batch_size is 6; it must be a multiple of the 4 processes"):
-        train.check(train_config(tmp_path, global_batch_size=6), 4)
+        prepare.check_config(train_config(tmp_path, global_batch_size=6), 4)
 
 
 def test_unknown_variant(script_here, rlds, tmp_path):
