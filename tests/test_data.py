@@ -26,13 +26,11 @@ def test_missing_folder_and_unknown_format_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such data directory: .*nowhere.*RLDS"):
         data.open_index(tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"empty holds no data set of a known format. Give a folder with RLDS.*one episode each.\.$"
-    ):
+    with pytest.raises(ValueError, match=r"empty holds no data set of a known format. Give a folder with RLDS.*\)\.$"):
         data.open_index(tmp_path / "empty", tmp_path)
-    (tmp_path / "empty" / "mine").mkdir()
-    (tmp_path / "empty" / "mine" / "features.json").write_text("{}")
-    with pytest.raises(ValueError, match="files., one of its folders mine|one episode each., one of its folders mine"):
+    (tmp_path / "empty" / "mine" / "meta").mkdir(parents=True)
+    (tmp_path / "empty" / "mine" / "meta" / "info.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"one episode each\), one of its folders mine\.$"):
         data.open_index(tmp_path / "empty", tmp_path)
 
 
