@@ -119,7 +119,7 @@ def play_in_turn(episodes, policy):
 
 def play_in_processes(episodes, policy, config):
     """Play the episodes as eval.py does; return as `play_in_turn`, with seconds summed over the processes."""
-    from eval import batch_policy, play_all
+    from pool import batch_policy, play_all
 
     started = time.perf_counter()
     policy = TimedPolicy(policy)

@@ -18,6 +18,7 @@ from eval_helpers import TASK, episode, open_results, record, write
 
 import eval as evaluation
 import policy as policies
+import pool
 import results
 import rollout
 import sim as simulator
@@ -250,7 +251,7 @@ def test_longest_tasks_first_and_simulators_stay_at_theirs():
     """Six episodes of a short task, four of a long one: the long one first, the next simulator gets the short one."""
     short = [episode(seed=s, max_steps=10) for s in range(6)]
     long = [episode(task=1, seed=s, max_steps=30) for s in range(4)]
-    schedule = evaluation.Schedule(short + long)
+    schedule = pool.Schedule(short + long)
     goal, stove = ("libero_goal", 8), ("libero_goal", 1)
     assert schedule.next(None, set()) is long[0] and schedule.next(None, {stove}) is short[0]
     assert [schedule.next(stove, {goal}) for _ in range(3)] == long[1:]
@@ -272,13 +273,13 @@ def children():
 
 
 def play_all(episodes, act, envs=1, watchdog=200.0):
-    """Return {seed: result} of `evaluation.play_all`."""
+    """Return {seed: result} of `pool.play_all`."""
     outcomes = {}
 
     def finish(episode, result):
         outcomes[episode.seed] = result
 
-    evaluation.play_all(episodes, act, finish, envs, watchdog)
+    pool.play_all(episodes, act, finish, envs, watchdog)
     return outcomes
 
 
@@ -315,7 +316,7 @@ def test_expert_behind_the_policy_interface(table, cameras):
         return np.stack([np.concatenate([chunk, chunk[-1:].repeat(8 - len(chunk), 0)]) for chunk in chunks])
 
     episodes = [episode(seed=seed, trial=seed, widen=0.06, cameras=cameras, max_steps=300) for seed in range(3)]
-    outcomes = play_all(episodes, evaluation.batch_policy(policy, 3), 2)
+    outcomes = play_all(episodes, pool.batch_policy(policy, 3), 2)
     assert {seed: (result["success"], result["steps"]) for seed, result in outcomes.items()} == {
         seed: (True, steps) for seed, steps in lengths.items()
     }
@@ -325,7 +326,7 @@ def test_expert_behind_the_policy_interface(table, cameras):
 def test_trained_policy_does_not_depend_on_the_number_of_simulators(toy, run, cameras):
     """Four short trials: the same observations and the same actions, bit for bit, one after another in this process and
     at the same time in three others; and the same actions for all observations at once."""
-    act, alone, together = evaluation.batch_policy(policies.Policy(run.folder), 3), {}, {}
+    act, alone, together = pool.batch_policy(policies.Policy(run.folder), 3), {}, {}
 
     def keep(observations, kept):
         chunks = act(observations)
@@ -379,7 +380,7 @@ def test_sick_simulators_are_replaced(toy, cameras, tmp_path, monkeypatch):
     names = {"orders": str(orders), "root": str(ROOT), "program": rollout.__file__}
     (tmp_path / "sickly_rollout.py").write_text(SICKLY.format(**names))
     monkeypatch.setattr(rollout, "__file__", str(tmp_path / "sickly_rollout.py"))
-    monkeypatch.setattr(evaluation, "time", clock)
+    monkeypatch.setattr(pool, "time", clock)
     sick = {0: [signal.SIGSTOP], 1: [signal.SIGKILL], 2: []}
 
     def act(observations):
@@ -415,8 +416,8 @@ def test_simulator_that_ends_within_a_message(then, reason, monkeypatch, tmp_pat
     (tmp_path / "rollout.py").write_text(program)
     monkeypatch.setattr(rollout, "__file__", str(tmp_path / "rollout.py"))
     monkeypatch.setattr(rollout, "READ_LIMIT", 1)
-    worker = evaluation.Worker()
-    assert list(evaluation.worker_events([worker], 20.0)) == [(worker, "died", f"its simulator {reason}")]
+    worker = pool.Worker()
+    assert list(pool.worker_events([worker], 20.0)) == [(worker, "died", f"its simulator {reason}")]
     worker.process.kill()
 
 
@@ -447,7 +448,7 @@ def test_batch_is_padded_and_split():
         return proprio[:, None]
 
     observations = [(str(n), [np.full((4, 4, 3), n, np.uint8)], np.full(8, n, np.float32)) for n in range(5)]
-    actions = evaluation.batch_policy(policy, 3)(observations)
+    actions = pool.batch_policy(policy, 3)(observations)
     assert calls == [((3, 4, 4, 3), ["0", "1", "2"], "robosuite"), ((3, 4, 4, 3), ["3", "4", "3"], "robosuite")]
     assert [a[0].tolist() for a in actions] == [[n] * 8 for n in range(5)]
 
