@@ -15,54 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextRMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from lora import set_trainable
-from tiny import SIZES, tiny_config, tiny_tokenizer
+from pretrained import load_qwen
 
 MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
-
-
-def text_tokenizer(backbone):
-    """Return the tokenizer of a row of `tiny.SIZES`, of a Qwen3-VL checkpoint folder or of a hub id.
-
-    Raise ValueError for another kind of checkpoint, or a tokenizer without Qwen3-VL's special tokens or chat template.
-    """
-    if backbone in SIZES:
-        return tiny_tokenizer()
-    config = AutoConfig.from_pretrained(backbone)
-    if config.model_type != "qwen3_vl":
-        raise ValueError(
-            f"backbone {backbone} is a '{config.model_type}' checkpoint; "
-            f"give --backbone {' or '.join(SIZES)}, or a Qwen3-VL one (model_type qwen3_vl)"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
-        number = getattr(config, name)
-        if number not in tokenizer.added_tokens_decoder:
-            raise ValueError(
-                f"the tokenizer of {backbone} has no special token {number}, the {name} of its config; "
-                "put the tokenizer files of the same Qwen3-VL release beside the weights"
-            )
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {backbone} has no chat template; add the release's chat_template.jinja")
-    return tokenizer
-
-
-def load_qwen(config):
-    """Return (Qwen3VLModel, tokenizer) of `config.backbone`: random weights for a row of `tiny.SIZES`, else pretrained.
-
-    A base that stays frozen is bf16 on a GPU; what is trained is always f32.
-    """
-    tokenizer = text_tokenizer(config.backbone)
-    if config.backbone in SIZES:
-        qwen_config = tiny_config(tokenizer, config.backbone)
-        return Qwen3VLModel._from_config(qwen_config, attn_implementation="sdpa"), tokenizer
-    half = config.tuning != "full" and torch.cuda.is_available()
-    dtype = torch.bfloat16 if half else torch.float32
-    return Qwen3VLModel.from_pretrained(config.backbone, dtype=dtype, attn_implementation="sdpa"), tokenizer
 
 
 def prompt_ids(tokenizer, instruction, chunk):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbone import prompt_ids, text_tokenizer
+from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
 from checkpoint import prepare_run
 from common import git_commit, print0
@@ -26,6 +26,7 @@ from inspection import describe_reading
 from lora import base_hash
 from model import VARIANTS, VLA, ModelConfig
 from normalise import statistics_hash
+from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
 

@@ -1,11 +1,13 @@
 """backbone.py: the prompt, agreement with transformers, what makes a step fast, LoRA, and which checkpoints load."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from model_helpers import CHUNK, TEXTS, batch_for, build, images_for, losses_and_gradients, small_config
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, BertConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -406,6 +408,73 @@ def test_checkpoint_of_a_different_architecture_is_refused(tmp_path):
     tiny.tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a 'bert' checkpoint.*qwen3_vl"):
         VLA(replace(small_config("baseline"), backbone=str(tmp_path)))
+
+
+def rename_weights(base, change):
+    """Let change(weights) change the weights of a checkpoint, {name: tensor}, or return what takes their place."""
+    path = base / "model.safetensors"
+    weights = load_file(path)
+    save_file(change(weights) or weights, path, metadata={"format": "pt"})
+
+
+DAMAGES = {  # what is done to a checkpoint -> what the error says
+    "a peft prefix": (
+        lambda w: {f"base_model.model.{name}": tensor for name, tensor in w.items()},
+        r"missing language_model.embed_tokens.weight; .*and \d+ more",
+    ),
+    "a missing layer": (
+        lambda w: {name: tensor for name, tensor in w.items() if ".layers.2." not in name},
+        "missing language_model.layers.2.input_layernorm.weight; missing language_model.layers.2.mlp",
+    ),
+    "no vision tower": (
+        lambda w: {name: tensor for name, tensor in w.items() if "visual" not in name},
+        "missing visual.blocks.0.attn.proj.bias",
+    ),
+    "one weight too many": (
+        lambda w: w | {"model.visual.extra.weight": torch.ones(2)},
+        "unknown .*visual.extra.weight",
+    ),
+    "another shape": (
+        lambda w: {
+            n: tensor[:8].clone() if n.endswith("layers.0.self_attn.q_proj.weight") else tensor
+            for n, tensor in w.items()
+        },
+        r"q_proj.weight is \(8, 64\), the model's is \(64, 64\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_do_not_fit_are_refused(damage, checkpoint):
+    """A model with random numbers in their place would train and could never be loaded again."""
+    base = checkpoint(torch.float32)
+    change, message = DAMAGES[damage]
+    rename_weights(base, change)
+    with pytest.raises(ValueError, match=f"weights of backbone {base} are not those of its config.json: .*{message}"):
+        VLA(replace(small_config("baseline"), backbone=str(base)))
+
+
+def test_head_of_the_language_model_may_be_there(checkpoint):
+    """Larger releases store it; it is not part of the model."""
+    base = checkpoint(torch.float32)
+    rename_weights(base, lambda w: w | {"lm_head.weight": w["model.language_model.embed_tokens.weight"].clone()})
+    VLA(replace(small_config("baseline"), backbone=str(base)))
+
+
+@pytest.mark.parametrize("place", ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"))
+def test_chat_template_of_any_release_is_found(place, checkpoint):
+    """In a file of its own, as text or as JSON, or in the tokenizer's settings: the same prompt."""
+    base = checkpoint(torch.float32)
+    expected = VLA(replace(small_config("baseline"), backbone=str(base))).backbone.fixed_ids
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    settings = base / "tokenizer_config.json"
+    if place == "tokenizer_config.json":
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    else:
+        content = json.dumps({"chat_template": template}) if place.endswith("json") else template
+        (base / place).write_text(content)
+    assert torch.equal(VLA(replace(small_config("baseline"), backbone=str(base))).backbone.fixed_ids, expected)
 
 
 def test_tokenizer_without_the_images_tokens_is_refused(checkpoint):
