@@ -128,15 +128,17 @@ def training_saves(run):
     return {int(step): files[step] for step in sorted(filter(str.isdigit, files), key=int, reverse=True)}
 
 
-def save_training(run, module, optimizer, step, weights, log, keep, last):
+def save_training(run, module, optimizer, step, weights, log, keep, last, average=None):
     """Write training-<step>.safetensors (all that continuing after `step` updates needs; the `keep` newest stay), and
-    `weights` as model.safetensors.
+    `weights` as model.safetensors. average: a `MovingAverage` that training continues too.
 
     A write that fails leaves the older saves and prints a warning; after the `last` update it raises OSError.
     """
     try:
         log.sync()  # or a crash could leave a save that is ahead of its log
         tensors = trainable_tensors(module) | optimizer_tensors(optimizer)
+        if average:
+            tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
         save_tensors(Path(run) / f"training-{step}.safetensors", tensors, step=step)
         save_tensors(Path(run) / "model.safetensors", weights, step=step)
         saves = training_saves(run)
@@ -161,8 +163,8 @@ def newest_intact_save(saves):
     raise ValueError(f"every save is damaged: {', '.join(map(str, saves.values()))}. Train again, with another --out.")
 
 
-def restore_training(run, module, optimizer):
-    """Load weights and optimizer of the newest intact save of `run`; return the number of updates that it has seen.
+def restore_training(run, module, optimizer, average=None):
+    """Load weights, optimizer and moving average of the newest intact save; return how many updates it has seen.
 
     The first process chooses the save. Raise ValueError when all are damaged.
     """
@@ -173,6 +175,9 @@ def restore_training(run, module, optimizer):
     if not main:
         tensors, _ = load_tensors(path)
     moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith("average.")}
     load_trainable(module, tensors, path)
     load_optimizer(optimizer, moments)
+    for name, tensor in averages.items():
+        average.tensors[name.removeprefix("average.")].copy_(tensor)
     return step

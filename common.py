@@ -3,6 +3,7 @@
 Runs unchanged as `python script.py` (one process) and under `torchrun` (any number of processes and nodes).
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and devices
@@ -189,6 +191,17 @@ def init_worker(number):
     die_with_parent()
 
 
+def choose_workers(count, cuda):
+    """Return how many data workers each process has; for a negative count 2, or none where every core trains.
+
+    A core that trains gains nothing from a second process, and batches need not be sent from one to the other.
+    """
+    if count >= 0:
+        return count
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 2 if cuda or processes < len(os.sched_getaffinity(0)) else 0
+
+
 def worker_options(count, timeout):
     """Return DataLoader's arguments about its `count` processes; timeout in seconds."""
     return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": init_worker}
@@ -249,6 +262,39 @@ def parameter_groups(module, weight_decay):
             exempt = parameter.ndim < 2 or "queries" in name or "codebook" in name
             (undecayed if exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+class MovingAverage:
+    """An exponential moving average of the weights that are trained; it is less noisy than the last weights.
+
+    After update n (from 0): average <- d average + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)), so that the
+    random numbers of the start are soon forgotten. With decay 0 nothing is kept, and all methods do nothing.
+    """
+
+    def __init__(self, module, decay):
+        self.decay = decay
+        self.weights = {name: p for name, p in module.named_parameters() if decay and p.requires_grad}
+        self.tensors = {name: weight.detach().clone() for name, weight in self.weights.items()}  # {name: average}
+
+    @torch.no_grad()
+    def update(self, step):
+        """Let the average follow the weights after update `step`."""
+        if self.decay:
+            follow = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+            follow(list(self.tensors.values()), list(self.weights.values()), step)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Put the average in the place of the weights for a while."""
+        kept = [weight.detach().clone() for weight in self.weights.values()]
+        self._copy_to_weights(self.tensors.values())
+        yield
+        self._copy_to_weights(kept)
+
+    @torch.no_grad()
+    def _copy_to_weights(self, tensors):
+        for weight, tensor in zip(self.weights.values(), tensors):
+            weight.copy_(tensor)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

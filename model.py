@@ -45,6 +45,7 @@ VARIANTS = {
 }
 
 ACTION_LOSSES = {"l1": torch.abs, "l2": torch.square}  # of the error of each normalised action dimension
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # that `--loss quantile` predicts of each; the median is the action
 
 
 @dataclass
@@ -89,8 +90,8 @@ def check_model_config(config):
         )
     if config.lora_targets and config.tuning not in ("", "lora"):
         raise ValueError(f"lora_targets are {', '.join(config.lora_targets)}, but tuning is '{config.tuning}': no LoRA")
-    if config.action_loss not in ACTION_LOSSES:
-        raise ValueError(f"action_loss is '{config.action_loss}'; choose {' or '.join(ACTION_LOSSES)}")
+    if config.action_loss not in (*ACTION_LOSSES, "quantile"):
+        raise ValueError(f"action_loss is '{config.action_loss}'; choose {', '.join(ACTION_LOSSES)} or quantile")
     if config.placeholders_per_step > 1 and config.variant != "baseline":
         raise ValueError(
             f"placeholders_per_step is {config.placeholders_per_step} with {config.variant}; "
@@ -190,13 +191,14 @@ class ActionHead(nn.Module):
         heads = max(4, width // 64)
         self.blocks = nn.ModuleList(HeadBlock(width, states, heads, config.gate) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
+        self.guesses = len(QUANTILES) if config.action_loss == "quantile" else 1  # n, of each number
         if self.several:
-            self.out = EmbodimentLinear([width] * len(actions), actions)
+            self.out = EmbodimentLinear([width] * len(actions), [size * self.guesses for size in actions])
         else:
-            self.out = nn.Linear(width, config.action_size)
+            self.out = nn.Linear(width, config.action_size * self.guesses)
 
     def forward(self, layers, proprio, embodiment=None, image_mask=None):
-        """Return actions f32 [B, H, A].
+        """Return actions f32 [B, H, A, n]: n quantiles of each number, or one guess.
 
         layers: M pairs (placeholders [B, Q, D], images [B, C tokens, D]) of states; proprio: f32 [B, N]; embodiment:
         i64 [B], of several; image_mask: as of `HeadBlock`.
@@ -207,7 +209,7 @@ class ActionHead(nn.Module):
         token = self.proprio(proprio, *which)[:, None] if self.proprio else x[:, :0]
         for block, (placeholders, images) in zip(self.blocks, layers, strict=True):
             x = block(x, placeholders, images, token, image_mask)
-        return self.out(self.norm(x), *which)
+        return self.out(self.norm(x), *which).unflatten(-1, (-1, self.guesses))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,8 +259,8 @@ class VLA(nn.Module):
         there is one, "latent_loss"; under "samples" the part f32 [B] of each sample in these two, without gradient;
         under "sums" [numerator, denominator] of shares: "latent_accuracy", the codes predicted right of all.
         """
-        actions, latents = self.predict(batch)
-        error = ACTION_LOSSES[self.config.action_loss](actions - batch["actions"])  # [B, H, A]
+        guesses, latents = self.predict_all(batch)
+        error = action_errors(guesses, batch["actions"], self.config.action_loss)  # [B, H, A]
         errors = {"action_loss": error * batch["valid"][:, :, None] * batch["action_weight"][:, None]}
         sums = {}
         if self.variant.loss:
@@ -271,6 +273,11 @@ class VLA(nn.Module):
 
     def predict(self, batch):
         """Return actions f32 [B, H, A], normalised, and the placeholder states f32 [B, Q, D] of the latent loss."""
+        guesses, latents = self.predict_all(batch)
+        return guesses[..., self.head.guesses // 2], latents
+
+    def predict_all(self, batch):
+        """Return as `predict`, but all guesses f32 [B, H, A, n] of the actions (`ActionHead`)."""
         images = prepare_images(batch["images"], self.config.image_size, batch.get("draws"))
         proprio = batch["proprio"] if self.config.proprio_size else batch["proprio"][:, :0]
         text, counts = self.backbone.tokenise(batch["text"])
@@ -279,7 +286,7 @@ class VLA(nn.Module):
         return self.forward_pass(images, text, counts, proprio, embodiment, num_cameras)
 
     def forward_pass(self, images, text, counts, proprio, embodiment=None, num_cameras=None):
-        """Run backbone and head once, on tensors of fixed shapes (this is what is compiled); return as `predict`.
+        """Run backbone and head once, on tensors of fixed shapes (this is what is compiled); return as `predict_all`.
 
         images, text, counts: as of `Backbone.forward`. On a GPU, or with weights in bf16, the backbone runs in bf16;
         pixels, head and losses stay in f32.
@@ -291,8 +298,8 @@ class VLA(nn.Module):
             states = backbone(images, text, counts, self.queries, keep, num_cameras)
         layers = [(backbone.placeholder_states(states[k]), backbone.image_states(states[k])) for k in self.head_layers]
         image_mask = None if num_cameras is None else backbone.image_mask(num_cameras)
-        actions = self.head(layers, proprio, embodiment, image_mask)
-        return actions, backbone.placeholder_states(states[self.latent_layer])
+        guesses = self.head(layers, proprio, embodiment, image_mask)
+        return guesses, backbone.placeholder_states(states[self.latent_layer])
 
     def latent_errors(self, latents, batch):
         """Return the errors [B, ...] whose mean is the paper's L_latent, and what `forward` calls sums.
@@ -316,6 +323,18 @@ class VLA(nn.Module):
         hits = (guess.argmax(-1) == codes) * valid[:, :, None]
         accuracy = torch.stack([hits.sum(), valid.sum() * self.config.codes_per_step])
         return error * valid[:, :, None], {"latent_accuracy": accuracy}
+
+
+def action_errors(guesses, actions, loss):
+    """Return the error of each number, f32 [B, H, A]. guesses: f32 [B, H, A, n] of actions f32 [B, H, A].
+
+    loss: of `ACTION_LOSSES`, or "quantile": twice the mean pinball loss (Koenker and Bassett, 1978), L1 for a median.
+    """
+    error = guesses - actions[..., None]
+    if loss != "quantile":
+        return ACTION_LOSSES[loss](error[..., 0])
+    quantiles = torch.tensor(QUANTILES, device=error.device)
+    return 2 * torch.maximum(-quantiles * error, (1 - quantiles) * error).mean(-1)
 
 
 def _mean(error):

@@ -42,6 +42,7 @@ class Setup:
     run: Path
     resuming: bool
     description: dict  # the content of config.json
+    default_ema: float  # decay of the moving average of the weights, unless the command line gives one
 
 
 def prepare(config, ranks, free_to_change):
@@ -81,7 +82,8 @@ def prepare(config, ranks, free_to_change):
     if ranks.main:
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
-    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description)
+    default_ema = 0.998 if config.backbone in SIZES else 0.0
+    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description, default_ema)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,8 +94,10 @@ def check_config(config, world):
     """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
     shares = config.global_batch_size / world
     if shares != int(shares) or shares < 1:
+        most = max(number for number in range(1, world) if config.global_batch_size % number == 0)
         raise ValueError(
-            f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes"
+            f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes. "
+            f"Start {most} instead: torchrun --nproc-per-node {most}"
         )
     if config.per_device_batch_size and shares % config.per_device_batch_size:
         raise ValueError(

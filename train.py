@@ -29,10 +29,12 @@ from checkpoint import restore_training, save_training, trainable_tensors
 from common import (
     Log,
     Meter,
+    MovingAverage,
     all_mean,
     all_sum,
     catch_sigterm,
     check_bf16_support,
+    choose_workers,
     distribute,
     init_distributed,
     learning_rate,
@@ -117,8 +119,8 @@ class Config:
     head_width: int = 0
     """width of the action head (default: the backbone's, at most 1024)"""
 
-    loss: Literal[*ACTION_LOSSES] = "l1"
-    """error of the actions"""
+    loss: Literal[*ACTION_LOSSES, "quantile"] = "l1"
+    """error of the actions; quantile: several quantiles of each number are learnt, the median acts"""
     latent_weight: float = -1.0
     """lambda, the weight of the latent loss (negative: the variant's own)"""
     continuous: bool = False
@@ -144,6 +146,9 @@ class Config:
     """steps between halvings of the step schedule"""
     warmup_ratio: float = 0.01
     """share of the steps in which the learning rate rises from 0"""
+    ema: float = -1.0
+    """decay of the moving average of the weights, which is what is evaluated (0: none, the last weights;
+    default: 0.998 for backbones that start from random weights, none for pretrained ones)"""
     weight_decay: float = 1e-4
     """decay of matrices; norms, biases and queries are never decayed"""
     max_grad_norm: float = 1.0
@@ -168,8 +173,9 @@ class Config:
     """seconds to wait for a data worker or another process before the run ends with an error"""
     seed: int = 0
     """of weights, order and augmentation"""
-    num_workers: int = 2
-    """processes per rank that decode images (0: the training process itself)"""
+    num_workers: int = -1
+    """processes per rank that decode images (0: the training process itself;
+    default: 2, or 0 on a CPU whose cores all train)"""
     wandb_project: str = ""
     """log to this wandb project too"""
 
@@ -309,7 +315,8 @@ def main(config):
     setup = prepare(config, ranks, FREE_TO_CHANGE)
     vla, dataset, run = setup.vla, setup.dataset, setup.run
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
-    first = restore_training(run, vla, optimizer) if setup.resuming else 0
+    average = MovingAverage(vla, config.ema if config.ema >= 0 else setup.default_ema)
+    first = restore_training(run, vla, optimizer, average) if setup.resuming else 0
     vla.backbone.checkpointing = config.gradient_checkpointing
     if config.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph, also under checkpointing; LoRA's gradients are small
@@ -323,9 +330,9 @@ def main(config):
     if config.epochs > 0:
         steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
     if ranks.main and first == steps:  # killed between the two files of the last save
-        save_tensors(run / "model.safetensors", trainable_tensors(vla), step=first)
+        save_tensors(run / "model.safetensors", trainable_tensors(vla) | average.tensors, step=first)
     sampler = StepBatchSampler(first, steps, config.global_batch_size, micro_batch, ranks.rank, ranks.world)
-    workers = worker_options(config.num_workers, config.timeout)
+    workers = worker_options(choose_workers(config.num_workers, cuda), config.timeout)
     batches = iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=cuda, **workers))
     log = Log(run, ranks.main, first, config.wandb_project, setup.description)
     trained = sum(parameter.numel() for parameter in vla.parameters() if parameter.requires_grad)
@@ -361,13 +368,15 @@ def main(config):
         optimizer.found_inf = means["skipped"]  # when 1, step() changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average.update(step)
 
         done = step + 1
         speed = meter.tick(config.global_batch_size)
         pending.append({"step": step, "lr": lr, "samples_per_s": speed, "totals": totals})
         validating = bool(setup.held_out) and (done % config.val_every == 0 or done == steps)
         if validating:
-            pending[-1]["val_action_l1"] = validate(vla, dataset, setup.held_out, ranks)
+            with average.in_place():
+                pending[-1]["val_action_l1"] = validate(vla, dataset, setup.held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
         if validating or saving or len(pending) >= log_every:
             entries, stopping, speed = write_log(log, pending, sigterm.is_set())
@@ -377,7 +386,8 @@ def main(config):
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
         if ranks.main and (saving or stopping):
             last = stopping or done == steps
-            save_training(run, vla, optimizer, done, trainable_tensors(vla), log, config.keep, last)
+            weights = trainable_tensors(vla) | average.tensors
+            save_training(run, vla, optimizer, done, weights, log, config.keep, last, average)
         if stopping:
             break
 

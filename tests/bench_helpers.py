@@ -238,7 +238,8 @@ class TransformersForward:
         with model.autocast(proprio.device):
             out = self.whole(**inputs, output_hidden_states=True, use_cache=False)
         states = out.hidden_states[-len(head.blocks) :]
-        return head([(bb.placeholder_states(x), bb.image_states(x)) for x in states], proprio), out.loss
+        guesses = head([(bb.placeholder_states(x), bb.image_states(x)) for x in states], proprio)
+        return guesses[..., 0], out.loss
 
     def losses(self, inputs, batch):
         """Return {"loss"} of a training step: L1 of the actions and lambda x cross-entropy over the vocabulary."""

@@ -1,6 +1,7 @@
 """model.py: the action head, what each of the five variants learns from what, ablations, and saved runs."""
 
 import json
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -8,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from model_helpers import CHUNK, TEXTS, batch_for, build, images_for
+from model_helpers import CHUNK, TEXTS, batch_for, build, images_for, small_config
 from safetensors import safe_open
 
+import model
 import train
 from batches import prepare_images
 from files import load_tensors, save_tensors
 from lora import lora_layers, merge_lora
-from model import ACTION_LOSSES, VARIANTS
+from model import ACTION_LOSSES, VARIANTS, VLA
 from policy import Policy, load_vla
 
 LATENT = ("la_align", "la_direct", "la_cond", "la_tok")  # the variants with a latent loss
@@ -128,7 +130,7 @@ def accuracy(losses):
     return right / count
 
 
-@pytest.mark.parametrize("field, names", (("variant", VARIANTS), ("loss", ACTION_LOSSES)))
+@pytest.mark.parametrize("field, names", (("variant", VARIANTS), ("loss", (*ACTION_LOSSES, "quantile"))))
 def test_command_line_offers_every_variant_and_action_loss(field, names, capsys):
     """train.py takes each row of VARIANTS and of ACTION_LOSSES, nothing else, and lists them in its error."""
     assert get_args(get_type_hints(train.Config)[field]) == tuple(names)
@@ -540,3 +542,40 @@ def test_video_alone_trains_the_latent_loss():
         assert losses["action_loss"] == 0 and losses["latent_loss"] > 0
         assert vla.head.queries.grad is None or vla.head.queries.grad.abs().max() == 0
         assert vla.latent_head.weight.grad.abs().max() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantiles
+
+
+def test_quantile_loss_is_the_pinball_loss():
+    """By hand: 0.1 x what a 10 % quantile is too low, 0.9 x what it is too high; its smallest mean is at the quantiles
+    of the data, and the median's own is L1."""
+    guesses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    losses = [0.1 * 2.5, 0.3 * 1.5, 0.5 * 0.5, 0.3 * 0.5, 0.1 * 1.5]
+    error = model.action_errors(guesses[None, None, None], torch.tensor([[[3.5]]]), "quantile")
+    assert error.shape == (1, 1, 1) and error.item() == pytest.approx(2 * np.mean(losses))
+    data = torch.from_numpy(np.random.default_rng(0).gamma(2.0, size=(20_000, 1, 1)).astype(np.float32))
+    quantiles = torch.tensor(np.quantile(data, model.QUANTILES)).float()
+    best = model.action_errors(quantiles.expand(len(data), 1, 1, 5), data, "quantile").mean()
+    for number in range(5):
+        for shift in (-0.05, 0.05):
+            moved = quantiles + shift * F.one_hot(torch.tensor(number), 5)
+            assert model.action_errors(moved.expand(len(data), 1, 1, 5), data, "quantile").mean() > best
+
+
+@pytest.mark.parametrize("several", (False, True))
+def test_policy_acts_by_the_median(several):
+    """Of five guesses of each number the middle one is the action; the loss has a gradient for all five."""
+    sizes = (("a", 7, 8, 2), ("b", 5, 3, 2)) if several else ()
+    vla = VLA(replace(small_config("baseline", cameras=2), action_loss="quantile", embodiments=sizes))
+    batch = batch_for(vla)
+    if several:
+        batch["embodiment"] = torch.arange(len(batch["text"])) % 2
+    guesses, _ = vla.predict_all(batch)
+    actions, _ = vla.predict(batch)
+    assert guesses.shape == (*actions.shape, 5) and torch.equal(guesses[..., 2], actions)
+    vla(batch)["loss"].backward()
+    layers = vla.head.out.layers if several else [vla.head.out]
+    for layer, size in zip(layers, (7, 5)):
+        assert len(layer.weight) == 5 * size and (layer.weight.grad.abs().sum(1) > 0).all()
