@@ -232,7 +232,7 @@ class ActionTokenizer(ActionCoder):
         return self.decode_vectors(self.quantiser.codebook[codes], embodiment)
 
     def forward(self, batch):
-        """Return the losses of a batch of `MaskedChunks` as scalars, and the `codes` i64 [n, 1] of its valid steps.
+        """Return the losses of a batch of `MaskedChunks` as scalars, and the `codes` i64 [B H, 1], -1 where not valid.
 
         batch: actions f32 [B, H, A] normalised; valid bool [B, H]; masked bool [B, H]; of several embodiments
         embodiment i64 [B]. loss = reconstruction_loss + quantisation_loss + 0.03 consistency_loss. The first is a mean
@@ -255,7 +255,7 @@ class ActionTokenizer(ActionCoder):
             "reconstruction_loss": reconstruction,
             "quantisation_loss": quantisation,
             "consistency_loss": consistency,
-            "codes": codes[valid][:, None],
+            "codes": torch.where(valid, codes, -1).flatten()[:, None],
         }
 
 
@@ -470,7 +470,7 @@ class CodeSet(nn.Module):
         c = self.project(self.norm(outputs))
         if self.training and self.centring:  # towards the mean of the global batch
             mean = all_mean(c.detach().mean(0))
-            self.centre.lerp_(mean, max(0.02, 1 / (1 + int(self.quantiser.updates))))
+            self.centre.lerp_(mean, (1 / (1 + self.quantiser.updates)).clamp(min=0.02))
         return c - self.centre
 
 

@@ -4,6 +4,8 @@ Implements the two codebooks of VQ-VAE (van den Oord et al., arXiv 1711.00937), 
 3), and k-means++ (Arthur and Vassilvitskii, 2007). Both codebooks start on encoder outputs and restart unused codes.
 Leaves out residual and product quantisation.
 
+Nothing here waits for a GPU: what depends on numbers is chosen by `torch.where`, not by `if`.
+
 To add a quantiser, write a subclass of `Quantiser` and give it a line in `QUANTISERS`. The option `--codebook` of
 `python train_latent.py lam` then offers it; training, saving, labelling and probing need no other change.
 
@@ -45,6 +47,7 @@ class Quantiser(nn.Module):
         self.patience = patience
         self.seed = seed
         self.frozen = False
+        self.first_batch = True  # of this process
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -64,8 +67,9 @@ class Quantiser(nn.Module):
         """
         valid = x.new_ones(x.shape[:-1]) if valid is None else valid.to(x.dtype)
         learning = self.training and not self.frozen
-        if learning and self.updates == 0:
+        if learning and self.first_batch:
             self.initialise(x.detach(), valid)
+            self.first_batch = False
         codes = self.nearest(x)
         vectors = self.straight_through(x, codes)
         loss = self.loss(x, codes, valid)
@@ -79,7 +83,10 @@ class Quantiser(nn.Module):
         raise NotImplementedError
 
     def initialise(self, x, valid):
-        """Place the codes before the first training batch, x f32 [B, n, d] and valid f32 [B, n], is quantised."""
+        """Place the codes before the first training batch of a process, x f32 [B, n, d] and valid f32 [B, n].
+
+        Do so only where `updates` is 0: a run may have been resumed.
+        """
 
     def update(self, x, codes, valid):
         """Let the codebook follow a training batch x f32 [B, n, d] with its codes i64 [B, n] and valid f32 [B, n]."""
@@ -101,7 +108,7 @@ class VectorQuantiser(Quantiser):
 
     A code is unused when no vector chose it for `patience` updates. All processes have the same codebook, and n
     processes that of one: counts and sums run over all processes, initialisation and restarts draw from their common
-    batch with a generator keyed by (seed, updates).
+    batch, with numbers keyed by (seed, updates).
     """
 
     def __init__(self, num_codes, dim, patience=50, seed=0):
@@ -114,7 +121,7 @@ class VectorQuantiser(Quantiser):
 
     def initialise(self, x, valid):
         """Put every code on a vector of the first batch."""
-        self._reinitialise(torch.ones_like(self.unused, dtype=torch.bool), x, valid)
+        self._reinitialise((self.updates == 0).expand(self.num_codes), x, valid)
 
     @torch.no_grad()
     def update(self, x, codes, valid):
@@ -123,9 +130,7 @@ class VectorQuantiser(Quantiser):
         counts = all_sum(chosen.sum(0))  # [K]
         self._move(x.flatten(0, 1), chosen, counts)
         self.unused.copy_(torch.where(counts > 0, 0, self.unused + 1))
-        expired = self.unused >= self.patience
-        if expired.any():
-            self._reinitialise(expired, x, valid)
+        self._reinitialise(self.unused >= self.patience, x, valid)
 
     def _move(self, x, chosen, counts):
         """Move the codes. x: f32 [B * n, d]; chosen: f32 [B * n, K], one-hot; counts: f32 [K], over all processes."""
@@ -134,10 +139,13 @@ class VectorQuantiser(Quantiser):
     def _reinitialise(self, which, x, valid):
         """Put the codes `which` (bool [K]) on distinct vectors of the global batch (repeated if there are too few)."""
         pool = gather_batch(torch.cat([x, valid[..., None]], -1)).flatten(0, 1)  # [all, d + 1]
-        pool = pool[pool[:, -1] > 0, :-1]
-        order = np.random.default_rng([self.seed, int(self.updates)]).permutation(len(pool))
-        self.codebook[which] = pool[np.resize(order, int(which.sum()))]
-        self.unused[which] = 0
+        is_valid = pool[:, -1] > 0
+        numbers = random_numbers(len(pool), self.seed, self.updates)
+        order = torch.where(is_valid, numbers, torch.iinfo(torch.int64).max).argsort()  # valid ones first
+        rank = (which.cumsum(0) - 1).clamp(min=0)  # of a code among those that are placed
+        vectors = pool[order[rank % is_valid.sum().clamp(min=1)], :-1]  # [K, d]
+        self.codebook.copy_(torch.where(which[:, None], vectors, self.codebook))
+        self.unused.copy_(torch.where(which, 0, self.unused))
 
     def set_codebook(self, codebook):
         """Copy the codes from `codebook` f32 [K, d]; all count as just used."""
@@ -168,8 +176,8 @@ class EMAQuantiser(VectorQuantiser):
     @torch.no_grad()
     def _reinitialise(self, which, x, valid):
         super()._reinitialise(which, x, valid)
-        self.sums[which] = self.codebook[which]
-        self.counts[which] = 1.0
+        self.sums.copy_(torch.where(which[:, None], self.codebook, self.sums))
+        self.counts.copy_(torch.where(which, 1.0, self.counts))
 
     @torch.no_grad()
     def set_codebook(self, codebook):
@@ -219,6 +227,22 @@ def kmeans(x, count, seed=0, rounds=20):
     return means
 
 
+def random_numbers(count, seed, updates):
+    """Return i64 [count] pseudo-random numbers keyed by (seed, updates): SplitMix64 (Steele et al., 2014).
+
+    updates: i64 [], on the device on which they are made.
+    """
+    x = torch.arange(count, device=updates.device) + (updates + (seed << 32)) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift)) * _signed(factor)
+    return x ^ (x >> 31)
+
+
+def _signed(number):
+    """Return the i64 with the bits of a u64."""
+    return number - (1 << 64) if number >> 63 else number
+
+
 def gather_batch(x):
     """Return the global batch [world * B, ...] of all processes' x [B, ...]; process r holds its samples r::world."""
     if not dist.is_initialized():
@@ -237,8 +261,8 @@ def masked_mse(error, valid):
 
 
 def code_counts(codes, num_codes):
-    """Return how often each code occurs at each position, i64 [P, K], in codes i64 [n, P]."""
-    return F.one_hot(codes, num_codes).sum(0)
+    """Return how often each code occurs at each position, i64 [P, K], in codes i64 [n, P]; -1 is none."""
+    return (codes[..., None] == torch.arange(num_codes, device=codes.device)).sum(0)
 
 
 def code_usage(counts):
