@@ -1,6 +1,6 @@
 """Nothing waits for a GPU or mixes devices: on torch's `meta` device, which has shapes and no numbers, both are errors.
 
-A tensor that stayed on the CPU, `.item()`, `.tolist()`, an `if` on a number, a mask that selects rows: each raises there.
+A tensor that stayed on the CPU, `.item()`, `.tolist()`, an `if` on a number, a mask that selects rows: each raises.
 """
 
 import contextlib
