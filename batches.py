@@ -2,8 +2,8 @@
 
 The sample at a position of the stream is a pure function of (seed, position), so that any number of processes and of
 data workers, and any later start, sees the same batches; memory grows with the number of episodes alone. Pixels are
-cropped, resized and coloured on the whole batch, on its device, with the augmentation of OpenVLA-OFT (arXiv
-2502.19645).
+cropped or shifted, resized and coloured on the whole batch, on its device, with the augmentation of OpenVLA-OFT (arXiv
+2502.19645) or DrQ (arXiv 2004.13649).
 Left out: samples of latent models (train_latent.py).
 
 Axes: S steps of a data set, E episodes, B batch, C cameras, H chunk steps, A action size, N proprio size, P codes per
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+AUGMENTATIONS = ("crop", "shift")
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
+SHIFT = 1 / 24  # of the side, by which a shifted image moves at most
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,37 +316,55 @@ class StepBatchSampler(torch.utils.data.Sampler):
 # Pixels: crop, resize and colour on the batch
 
 
-def prepare_images(images, size, draws=None):
+def prepare_images(images, size, draws=None, augmentation="crop"):
     """Return the cameras' u8 images as f32 [B, C, 3, size, size] in [-1, 1], on the images' device.
 
     images: list of C tensors u8 [B, h, w, 3]; draws: f32 [B, C, 6] in [0, 1) for training, None for evaluation.
-    With draws, OpenVLA-OFT's augmentation: random crop of 90 % of the area, brightness +-0.2, contrast and saturation
-    0.8 to 1.2, hue +-0.05. Without, the centre crop of the same area.
+    "crop" with draws is OpenVLA-OFT's augmentation: random crop of 90 % of the area, brightness +-0.2, contrast and
+    saturation 0.8 to 1.2, hue +-0.05; without, the centre crop of the same area. "shift" moves the whole image by up to
+    `SHIFT` of its side instead, by whole pixels, and leaves it as it is without draws.
     """
+    place = {"crop": _crop, "shift": _shift}[augmentation]
     frames = []
     for number, batch in enumerate(images):
-        pixels = batch.permute(0, 3, 1, 2).float() / 255  # [B, 3, h, w]
-        if draws is None:
-            pixels = _crop(pixels, size, None)
-        else:
-            pixels = _crop(pixels, size, draws[:, number, :2])
+        pixels = place(batch, size, None if draws is None else draws[:, number, :2])
+        if draws is not None:
             pixels = colour_jitter(pixels, draws[:, number, 2:])
         frames.append(pixels)  # [B, 3, size, size]
     return torch.stack(frames, 1) * 2 - 1
 
 
-def _crop(pixels, size, u):
-    """Return pixels [B, 3, h, w] cropped to CROP_AREA of the area and resized bilinearly, [B, 3, size, size].
+def _shift(images, size, u):
+    """Return images u8 [B, h, w, 3] as f32 [B, 3, size, size] in [0, 1], moved by whole pixels, their edges repeated.
+
+    u: f32 [B, 2] in [0, 1), how far to the right and down; None for not at all.
+    """
+    pixels = images
+    if images.shape[1:3] != (size, size):
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    if u is not None:
+        reach = round(SHIFT * size)
+        places = torch.arange(size, device=u.device)
+        sources = (places[:, None] - ((2 * reach + 1) * u[:, None]).long() + reach).clamp(0, size - 1)  # [B, S, 2]
+        columns, rows = sources.unbind(2)
+        first = size * torch.arange(len(u), device=u.device)[:, None, None]  # row of each image in the batch
+        flat = (first + rows[:, :, None]) * size + columns[:, None]  # [B, S, S]
+        pixels = pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(-1, size, size, 3)
+    return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def _crop(images, size, u):
+    """Return images u8 [B, h, w, 3] as f32 [B, 3, size, size] in [0, 1]: CROP_AREA of the area, resized bilinearly.
 
     u: f32 [B, 2] in [0, 1), where the crop lies between left and right and between top and bottom; None for the centre.
     """
+    pixels = images.permute(0, 3, 1, 2).float() / 255
     side = CROP_AREA**0.5
-    room = 1 - side
-    centre = torch.zeros(len(pixels), 2, device=pixels.device) if u is None else (2 * u - 1) * room
-    theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
-    theta.diagonal(0, 1, 2).fill_(side)
-    theta[:, :, 2] = centre
-    grid = F.affine_grid(theta, (len(pixels), 3, size, size), align_corners=False)
+    centre = pixels.new_zeros(len(pixels), 2) if u is None else (2 * u - 1) * (1 - side)
+    places = (2 * torch.arange(size, device=pixels.device) + 1) / size - 1  # of the pixels, from -1 to 1
+    columns, rows = (side * places[:, None] + centre[:, None]).unbind(2)  # [B, S] each
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), 3)  # [B, S, S, 2]
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Backbone
-from batches import prepare_images
+from batches import AUGMENTATIONS, prepare_images
 from common import autocast
 from tiny import SIZES
 
@@ -64,6 +64,7 @@ class ModelConfig:
     num_codes: int = 16  # K
     code_dim: int = 128  # d
     action_loss: str = "l1"
+    augmentation: str = "crop"  # of the images: what training does to them, and evaluation to match (batches.py)
     continuous: bool = False
     align_layer: int = 0
     placeholders_per_step: int = 1
@@ -92,6 +93,8 @@ def check_model_config(config):
         raise ValueError(f"lora_targets are {', '.join(config.lora_targets)}, but tuning is '{config.tuning}': no LoRA")
     if config.action_loss not in (*ACTION_LOSSES, "quantile"):
         raise ValueError(f"action_loss is '{config.action_loss}'; choose {', '.join(ACTION_LOSSES)} or quantile")
+    if config.augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation is '{config.augmentation}'; choose {' or '.join(AUGMENTATIONS)}")
     if config.placeholders_per_step > 1 and config.variant != "baseline":
         raise ValueError(
             f"placeholders_per_step is {config.placeholders_per_step} with {config.variant}; "
@@ -278,7 +281,7 @@ class VLA(nn.Module):
 
     def predict_all(self, batch):
         """Return as `predict`, but all guesses f32 [B, H, A, n] of the actions (`ActionHead`)."""
-        images = prepare_images(batch["images"], self.config.image_size, batch.get("draws"))
+        images = prepare_images(batch["images"], self.config.image_size, batch.get("draws"), self.config.augmentation)
         proprio = batch["proprio"] if self.config.proprio_size else batch["proprio"][:, :0]
         text, counts = self.backbone.tokenise(batch["text"])
         embodiment = batch["embodiment"] if self.config.embodiments else None

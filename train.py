@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from batches import StepBatchSampler
+from batches import AUGMENTATIONS, StepBatchSampler
 from checkpoint import restore_training, save_training, trainable_tensors
 from common import (
     Log,
@@ -158,7 +158,10 @@ class Config:
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""
     image_aug: bool = True
-    """random crop, brightness, contrast, saturation and hue"""
+    """random place, brightness, contrast, saturation and hue"""
+    augmentation: Literal[*AUGMENTATIONS] = "crop"
+    """place: a crop of 90 % of the area, resized (evaluation: the centre crop), or a shift by up to 1/24 of the side
+    (evaluation: the whole image)"""
     val_fraction: float = 0.05
     """share of the episodes held out; their action L1 is logged"""
     val_every: int = 1000

@@ -221,7 +221,8 @@ class TransformersForward:
         real[:, bb.text_start : bb.header_start] = torch.arange(bb.text_length, device=device) < counts[:, None]
         labels = torch.full_like(sequence, -100)
         labels[:, -bb.num_placeholders :] = placeholders
-        pixels = prepare_images(batch["images"], self.vla.config.image_size, batch.get("draws"))
+        config = self.vla.config
+        pixels = prepare_images(batch["images"], config.image_size, batch.get("draws"), config.augmentation)
         return {
             "input_ids": sequence,
             "attention_mask": real,

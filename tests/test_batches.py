@@ -291,6 +291,29 @@ def test_random_crop_moves_within_the_image():
     assert pixels[0].mean() > pixels[1].mean() + 0.01  # the first draw moves along columns, the second along rows
 
 
+def test_shift_by_hand():
+    """By whole pixels, up to 1/24 of the side either way and each as often, the edge repeated; the first draw along
+    columns, the second along rows; without draws the image as it is, resized where it must be."""
+    ramp48 = ramp(48)
+    view = prepare_images([ramp48], 48, augmentation="shift")[0, 0]
+    assert torch.allclose((view + 1) / 2 * 255, ramp48[0].permute(2, 0, 1).float(), atol=1e-3)
+    moved = []
+    for draw in (0.0, 0.19, 0.21, 0.5, 0.99):
+        u = torch.tensor([[[draw, 0.5, 0.5, 0.5, 0.5, 0.5]]])
+        pixels = (prepare_images([ramp48], 48, u, "shift")[0, 0] + 1) / 2 * 255
+        moved.append(round(20 - pixels[0, 10, 20].item() / 5))
+        columns = (torch.arange(48) - moved[-1]).clamp(0, 47)
+        assert torch.allclose(pixels[0, 3], 5.0 * columns, atol=0.01)
+        assert torch.allclose(pixels[1, :, 3], 5.0 * torch.arange(48), atol=0.01)
+    assert moved == [-2, -2, -1, 0, 2]
+    u = torch.tensor([[[0.5, 0.0, 0.5, 0.5, 0.5, 0.5]]])
+    assert torch.allclose(
+        (prepare_images([ramp48], 48, u, "shift")[0, 0, 1, :5, 0] + 1) / 2 * 255, torch.arange(2.0, 7) * 5
+    )
+    halved = (prepare_images([ramp48], 24, augmentation="shift")[0, 0] + 1) / 2 * 255
+    assert torch.allclose(halved[0, 5, 2:22], 5 * (2 * torch.arange(24.0) + 0.5)[2:22], atol=0.1)
+
+
 def jitter_by_hand(pixels, brightness, contrast, saturation, turns):
     """Return pixels [h, w, 3] after brightness, contrast about each channel's mean, then chroma scaled and turned in
     YIQ, one after another."""

@@ -524,7 +524,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, fifth, train_config, t
     log = log_of(tmp_path / "run")
     assert column(log, "skipped") == [0, 1, 0] and not math.isfinite(log[1]["loss"] + log[1]["grad_norm"])
     saves = [files.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
-    assert all(torch.equal(saves[0][name], saves[1][name]) for name in saves[0])
+    followed = [name for name in saves[0] if not name.startswith("average.")]  # the average of the weights goes on
+    assert len(followed) > 400 and all(torch.equal(saves[0][name], saves[1][name]) for name in followed)
     assert not any(torch.equal(saves[1][name], saves[2][name]) for name in saves[0] if name.endswith(".step"))
     assert all(tensor.isfinite().all() for tensor in saves[2].values()) and math.isfinite(log[2]["loss"])
 
