@@ -2,7 +2,7 @@
 
     python eval.py runs/NAME                             # the tasks and starts of the run's own data, 50 trials each
     python eval.py runs/NAME --suite libero_goal libero_object libero_goal_swap      # other suites
-    python eval.py runs/NAME --blind                     # control: black images; also --mute, --swap-instruction
+    python eval.py runs/NAME --blind                     # control: black images; docs/evaluation.md lists the others
     python eval.py runs/NAME --video failures            # an MP4 of each failure, a contact sheet of each task
     python eval.py runs/NAME --shard 1/4                 # a quarter of the trials, on each of four machines
     python eval.py --compare runs/A runs/B runs/B/eval-blind.jsonl   # paired differences, McNemar's test, a bar chart
@@ -44,7 +44,7 @@ from results import Results, compare, group_by, print_table, summarise, tally, t
 from rollout import TRIALS, Episode, contact_sheets
 
 SIMULATORS = {"libero": "sim"}  # --simulator -> module; the interface is in rollout.py
-CONTROLS = ("blind", "mute", "swap_instruction")
+CONTROLS = ("blind", "black_camera", "swap_cameras", "mute", "swap_instruction")
 
 
 @dataclass
@@ -68,6 +68,10 @@ class Config:
     0: official)"""
     blind: bool = False
     """control: the policy sees black images"""
+    black_camera: str = ""
+    """control: the image of this camera is black"""
+    swap_cameras: bool = False
+    """control: the first two cameras are exchanged"""
     mute: bool = False
     """control: the policy gets an empty instruction"""
     swap_instruction: bool = False
@@ -130,6 +134,8 @@ def plan_trials(config, policy):
             "widen": widen,
             "cameras": entry["cameras"],
             "blind": config.blind,
+            "black_camera": config.black_camera,
+            "swap_cameras": config.swap_cameras,
             "any_version": config.any_mujoco,
         }
         for task in check_tasks(config.task_ids or trained, suite, playable[suite], len(texts)):
@@ -253,8 +259,13 @@ def plan_replay(config, dataset, stats):
 
 
 def check_policy(policy, config):
-    """Raise ValueError when the simulator cannot give a policy what it was trained on, or take its actions."""
+    """Raise ValueError when the simulator cannot give a policy what it was trained on, or a control does not fit it."""
     simulator = load_simulator(config)
+    names = list(policy.data_entry["cameras"])
+    if config.black_camera and config.black_camera not in names:
+        raise ValueError(f"black_camera is '{config.black_camera}'; the policy has the cameras {', '.join(names)}")
+    if config.swap_cameras and len(names) < 2:
+        raise ValueError(f"swap_cameras needs two cameras; the policy has {', '.join(names)}")
     trained = [len(policy.stats["action"]["q01"]), len(policy.stats.get("proprio", {"q01": []})["q01"])]
     cameras = policy.data_entry["cameras"]
     if not policy.vla.config.proprio_size:
@@ -344,7 +355,9 @@ def result_path(config):
     parts = ["eval"]
     if config.simulator != Config.simulator:
         parts.append(config.simulator)
-    parts += [control.replace("_", "-") for control in CONTROLS if getattr(config, control)]
+    for control in CONTROLS:
+        if value := getattr(config, control):
+            parts.append(control.replace("_", "-") if value is True else f"{control.replace('_', '-')}-{value}")
     if config.shard:
         parts.append(config.shard.replace("/", "of"))
     return Path(config.run) / f"{'-'.join(parts)}.jsonl"

@@ -96,6 +96,10 @@ class Episode:
     """camera -> size and JPEG options of the policy's images, in the policy's order"""
     blind: bool = False
     """black images, for which no camera is drawn"""
+    black_camera: str = ""
+    """a camera whose image alone is black"""
+    swap_cameras: bool = False
+    """the first two cameras are exchanged"""
     state: np.ndarray | None = None
     """recorded simulator state to begin from instead of the seed's start, f64"""
     actions: np.ndarray | None = None
@@ -108,17 +112,25 @@ class Episode:
     """allow versions of the simulator that are not the benchmark's"""
 
 
-def policy_observation(sim, cameras, blind=False):
+def policy_observation(sim, cameras, blind=False, black_camera="", swap_cameras=False):
     """Return (images, proprio) for a policy: its images stored as its training images were, and f32 [N].
 
     images: [u8 [size, size, 3] of each camera]. cameras: {name: {"size": pixels, **JPEG options}}. blind: the images
-    are black, and no frame is needed.
+    are black, and no frame is needed; black_camera: the image of this one is; swap_cameras: each of the first two shows
+    what the other sees.
     """
-    if blind:
-        return [np.zeros((stored["size"], stored["size"], 3), np.uint8) for stored in cameras.values()], sim.proprio()
-    frames = sim.observe()
-    files = [encode_image(frames[name], **stored) for name, stored in cameras.items()]
-    return [np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in files], sim.proprio()
+    frames = {} if blind else sim.observe()
+    seen = list(cameras)
+    if swap_cameras:
+        seen[:2] = seen[1::-1]
+    images = []
+    for name, other, stored in zip(cameras, seen, cameras.values()):
+        if blind or name == black_camera:
+            images.append(np.zeros((stored["size"], stored["size"], 3), np.uint8))
+        else:
+            file = encode_image(frames[other], **stored)
+            images.append(np.array(Image.open(io.BytesIO(file)).convert("RGB")))
+    return images, sim.proprio()
 
 
 def go_to_start(sim, episode, render):
@@ -140,7 +152,8 @@ def play(sim, episode, act, render_every_step=False):
     executed = []
     success = False
     while len(executed) < episode.max_steps and not success:
-        observation = policy_observation(sim, episode.cameras, episode.blind)
+        controls = episode.blind, episode.black_camera, episode.swap_cameras
+        observation = policy_observation(sim, episode.cameras, *controls)
         chunk = act(*observation)[: episode.max_steps - len(executed)]  # [n, A]
         for number, action in enumerate(chunk):
             last = number + 1 == len(chunk)

