@@ -8,7 +8,6 @@ import os
 from collections import OrderedDict
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 OPEN_FILES = 64  # decoders that stay open in a process, of 1 to 3 MB each for 480 x 640 pixels
@@ -29,6 +28,8 @@ class FrameTable(NamedTuple):
 
 def scan_video(path):
     """Return the `FrameTable` of a video file, read once without decoding. Raises ValueError, without its name."""
+    import av  # 25 MB of libraries, which data without videos does without
+
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -53,6 +54,8 @@ class Decoder:
     """An open video file."""
 
     def __init__(self, path):
+        import av
+
         self.container = av.open(path)
         self.stream = self.container.streams.video[0]
         self.stream.codec_context.thread_count = 1  # the processes are many already
@@ -110,6 +113,8 @@ def read_frame(path, time, key):
 
     Raises ValueError with the file where it cannot be read or has no such frame.
     """
+    import av
+
     path = str(path)
     try:
         return DECODERS.get(path).read(int(time), int(key))
