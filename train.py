@@ -1,7 +1,7 @@
 """Train one of the five variants.
 
     python train.py --variant la_align                                     # embedded data, tiny backbone, a laptop
-    torchrun --standalone train.py --variant la_direct                     # the same through torchrun
+    torchrun --standalone --nproc-per-node auto train.py --variant la_direct     # one process on each core, or GPU
     torchrun --standalone --nproc-per-node 8 train.py --variant la_cond --backbone Qwen/Qwen3-VL-2B-Instruct \\
         --data /data/libero_goal_no_noops --global-batch-size 128 --learning-rate 1e-4 --max-steps 80000 \\
         --lr-scheduler step --weight-decay 0.01 --warmup-ratio 0           # the paper's setting

@@ -289,7 +289,7 @@ bytes of a step: 2 a frozen weight (4 in fp32); 16 a trained one (value, gradien
 
 @dataclass
 class MemoryConfig(VlaConfig):
-    """Samples of a step that fit a GPU, by a formula: counted on tensors without contents, any size on any machine."""
+    """Samples of a step that fit a GPU: bytes and FLOP counted on tensors without contents, any size on any machine."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """of the frozen weights, and of what is computed with them; trained weights are fp32"""
@@ -348,13 +348,15 @@ def bench_memory(config):
     def step(size):
         return vla(random_batch(vla, size))
 
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flops = sum(counted.sum() for counted in count_flops(vla, 1).values())
     three = saved_bytes(vla.backbone, functools.partial(step, 3))
     two = saved_bytes(vla.backbone, functools.partial(step, 2))
     sample = three - two  # what does not grow with the batch cancels
     print(
         f"{MEMORY_FORMULA}\n{config.variant} {config.size}: {frozen / 1e6:.0f} M frozen and {trained / 1e6:.0f} M "
         f"trained weights, {fixed / 1e9:.1f} GB; {config.images} images of {config.image_size} px, "
-        f"{vla.backbone.length} tokens, {config.precision}"
+        f"{vla.backbone.length} tokens, {config.precision}, {flops / 1e12:.2f} TFLOP a sample and step"
     )
     print(f"{'':24} {'GB a sample':>12}" + "".join(f"{f'{size} GB':>8}" for size in config.gigabytes) + "  (samples)")
     rows = {}
@@ -362,7 +364,7 @@ def bench_memory(config):
         fitting = {size: max(0, int((0.9 * size * 1e9 - fixed) / each)) for size in config.gigabytes}
         rows[name] = {"bytes_a_sample": int(each), "samples": fitting}
         print(f"{name:24} {each / 1e9:12.3f}" + "".join(f"{samples:8}" for samples in fitting.values()))
-    return {"rows": rows, "fixed_bytes": fixed, "frozen": frozen, "trained": trained}
+    return {"rows": rows, "fixed_bytes": fixed, "frozen": frozen, "trained": trained, "flop_a_sample": flops}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import bench_helpers
 import bench_model
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -104,6 +105,18 @@ def test_every_layer_of_the_backbone_passes_the_memory_formula(config):
 
     kept, checkpointed = bench_model.saved_bytes(vla.backbone, run)
     assert 0 < checkpointed < 0.5 * kept
+
+
+@pytest.mark.usefixtures("restored_precision")
+def test_memory_table_of_the_docs(capsys):
+    """What the real 2B model keeps, counted at its true size, is what docs/training.md says: samples and TFLOP."""
+    table = bench_model.bench_memory(bench_model.MemoryConfig(size="2b"))
+    assert (round(table["frozen"] / 1e6), round(table["trained"] / 1e6)) == (2128, 445)
+    plain, checkpointed = (row["samples"].values() for row in table["rows"].values())
+    text = (ROOT / "docs/training.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| Qwen3-VL-2B | LoRA |"))
+    assert row.endswith(f"| {' | '.join(f'{n} ({m})' for n, m in zip(plain, checkpointed))} |")
+    assert f"A step is {table['flop_a_sample'] / 1e12:.2f} TFLOP a sample for the 2B model" in text
 
 
 def test_modes_of_the_command_line():

@@ -59,7 +59,8 @@ def run_here(arguments, *small, **replaced):
 def trained(tmp_path_factory):
     """Return the folder of the run that the README's first command makes."""
     folder = tmp_path_factory.mktemp("readme") / "run"
-    text = run(printed("torchrun --standalone train.py"), "--max-steps", 2, "--out", folder)
+    command = printed("torchrun --standalone --nproc-per-node auto train.py")
+    text = run(command, "--max-steps", 2, "--out", folder, auto="2")  # on as many cores as the tests may have
     assert f"next: python eval.py {folder}" in text
     return folder
 
@@ -81,7 +82,7 @@ def test_readme_is_short():
     """The README has at most 150 lines of at most 130 characters, and the first run stands by line 40."""
     lines = README.splitlines()
     assert len(lines) <= 150 and max(map(len, lines)) <= 130
-    assert any("torchrun --standalone train.py" in line for line in lines[:40])
+    assert any("torchrun --standalone --nproc-per-node auto train.py" in line for line in lines[:40])
 
 
 def test_variants_are_the_models():
