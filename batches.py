@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from data import common_sides
+
 AUGMENTATIONS = ("crop", "shift")
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
 SHIFT = 1 / 24  # of the side, by which a shifted image moves at most
@@ -263,27 +265,6 @@ def pad(x, size):
     if x.shape[-1] == size:
         return x
     return np.concatenate([x, np.zeros((*x.shape[:-1], size - x.shape[-1]), np.float32)], -1)
-
-
-def common_sides(datasets, cameras):
-    """Return for each camera slot the side to which images are resized; 0: all data sets store one size, kept as it is.
-
-    cameras: of each data set the names in order. Images whose size the data does not state may differ from one another.
-    """
-    sides = []
-    for slot in range(max(map(len, cameras))):
-        shapes = [
-            dataset.image(names[slot], 0).shape[:2] if slot < len(names) else None
-            for dataset, names in zip(datasets, cameras)
-        ]
-        stated = all(
-            None not in dataset.index.features[dataset.spec.cameras[names[slot]]].shape
-            for dataset, names in zip(datasets, cameras)
-            if slot < len(names)
-        )
-        largest = max(max(shape) for shape in shapes if shape)
-        sides.append(0 if stated and len(set(shapes)) == 1 else largest)
-    return sides
 
 
 class StepBatchSampler(torch.utils.data.Sampler):

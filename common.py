@@ -11,9 +11,7 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -157,21 +155,6 @@ def print0(*values, **options):
     """Print, on the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*values, **options, flush=True)
-
-
-def git_commit():
-    """Return the git commit of this code, with '+' when files differ from it; 'unknown' without git or a checkout."""
-    if not shutil.which("git"):
-        return "unknown"
-    head = _git("rev-parse", "--short=12", "HEAD")
-    if head.returncode:
-        return "unknown"
-    modified = _git("status", "--porcelain", "--untracked-files=no").stdout
-    return head.stdout.strip() + ("+" if modified else "")
-
-
-def _git(*arguments):
-    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

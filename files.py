@@ -4,7 +4,9 @@ import contextlib
 import json
 import mmap
 import os
+import shutil
 import struct
+import subprocess
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +71,21 @@ def read_json(path):
 def to_json(config):
     """Return a config dataclass as a dictionary of JSON values; paths become strings."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+def git_commit():
+    """Return the git commit of this code, with '+' when files differ from it; 'unknown' without git or a checkout."""
+    if not shutil.which("git"):
+        return "unknown"
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if head.returncode:
+        return "unknown"
+    modified = _git("status", "--porcelain", "--untracked-files=no").stdout
+    return head.stdout.strip() + ("+" if modified else "")
+
+
+def _git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

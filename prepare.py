@@ -17,10 +17,10 @@ from torch import nn
 from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
 from checkpoint import prepare_run
-from common import git_commit, print0
+from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import to_json, write_json
+from files import git_commit, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash

@@ -42,9 +42,9 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 
-from common import git_commit, init_distributed
+from common import init_distributed
 from data import open_dataset
-from files import write_json
+from files import git_commit, write_json
 from index import CACHE, episode_steps, later_steps, split_episodes
 from label import label_episodes
 from latent import camera_name, check_frames, fingerprint, load_lam, load_tokenizer, stack_texts, text_states

@@ -15,8 +15,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from common import git_commit
-from files import write_text
+from files import git_commit, write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics

@@ -45,7 +45,6 @@ from common import (
     all_sum,
     catch_sigterm,
     distribute,
-    git_commit,
     init_distributed,
     learning_rate,
     parameter_groups,
@@ -57,7 +56,7 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import to_json, write_json
+from files import git_commit, to_json, write_json
 from index import CACHE, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
