@@ -153,15 +153,15 @@ class Config:
     """decay of matrices; norms, biases and queries are never decayed"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    max_steps: int = 6500
+    max_steps: int = 6000
     """optimizer updates"""
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""
     image_aug: bool = True
     """random place, brightness, contrast, saturation and hue"""
-    augmentation: Literal[*AUGMENTATIONS] = "crop"
+    augmentation: Literal["", *AUGMENTATIONS] = ""
     """place: a crop of 90 % of the area, resized (evaluation: the centre crop), or a shift by up to 1/24 of the side
-    (evaluation: the whole image)"""
+    (evaluation: the whole image); default: shift for backbones that start from random weights, else crop"""
     val_fraction: float = 0.05
     """share of the episodes held out; their action L1 is logged"""
     val_every: int = 1000
