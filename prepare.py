@@ -275,7 +275,7 @@ def make_model_config(config, dataset, labels, tokenizer):
         num_codes=target.num_codes if target else 0,
         code_dim=target.dim if target else 0,
         action_loss=config.loss,
-        augmentation=config.augmentation or ("shift" if config.backbone in SIZES else "crop"),
+        augmentation=config.augmentation,
         continuous=config.continuous,
         align_layer=config.align_layer,
         placeholders_per_step=config.placeholders_per_step,

@@ -159,9 +159,9 @@ class Config:
     """passes over the data; replaces --max-steps when positive"""
     image_aug: bool = True
     """random place, brightness, contrast, saturation and hue"""
-    augmentation: Literal["", *AUGMENTATIONS] = ""
+    augmentation: Literal[*AUGMENTATIONS] = "crop"
     """place: a crop of 90 % of the area, resized (evaluation: the centre crop), or a shift by up to 1/24 of the side
-    (evaluation: the whole image); default: shift for backbones that start from random weights, else crop"""
+    (evaluation: the whole image)"""
     val_fraction: float = 0.05
     """share of the episodes held out; their action L1 is logged"""
     val_every: int = 1000
