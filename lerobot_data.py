@@ -11,7 +11,6 @@ Axes: S steps of a data set, E episodes, T steps of an episode.
 
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -24,11 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from files import read_json
 from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents
 from mp4 import read_frame, scan_video
+from rlds import decode_image
 
 FORMAT = "LeRobot (meta/info.json)"  # for messages
 VERSIONS = ("v2.1", "v3.0")
@@ -78,11 +77,7 @@ class LeRobotIndex(Index):
         stored = read_row_group(str(file), group, path, os.getpid())[row].as_py()
         if not stored or stored["bytes"] is None:
             raise ValueError(f"its bytes are not in {file}, only the name {(stored or {}).get('path')}")
-        image = Image.open(io.BytesIO(stored["bytes"]))
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode})")
-        channels = self.features[path].shape[2]
-        return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+        return decode_image(stored["bytes"], self.features[path].shape[2], formats=None)
 
     def storage_options(self, path):
         """Return {"format": "PNG"}: how a video was compressed cannot be done to a single image."""

@@ -42,7 +42,7 @@ class Setup:
     run: Path
     resuming: bool
     description: dict  # the content of config.json
-    default_ema: float  # decay of the moving average of the weights, unless the command line gives one
+    ema: float  # decay of the moving average of the weights
 
 
 def prepare(config, ranks, free_to_change):
@@ -82,8 +82,8 @@ def prepare(config, ranks, free_to_change):
     if ranks.main:
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
-    default_ema = 0.998 if config.backbone in SIZES else 0.0
-    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description, default_ema)
+    ema = config.ema if config.ema >= 0 else 0.998 * (config.backbone in SIZES)
+    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description, ema)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

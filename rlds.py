@@ -308,11 +308,14 @@ class RldsIndex(Index):
         return {"format": "JPEG", "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
 
 
-def decode_image(stored, channels=3):
-    """Return JPEG or PNG bytes as u8 [height, width, channels]; JPEGs by simplejpeg where it is installed."""
+def decode_image(stored, channels=3, formats=("JPEG", "PNG")):
+    """Return an image's bytes as u8 [height, width, channels]; JPEGs by simplejpeg where it is installed.
+
+    formats: Pillow's names of those that are read, None for all.
+    """
     if simplejpeg and channels == 3 and stored[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(stored, "RGB", fastdct=False, fastupsample=False)
-    image = Image.open(io.BytesIO(stored), formats=["JPEG", "PNG"])
+    image = Image.open(io.BytesIO(stored), formats=formats)
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode})")
     if channels == 1:

@@ -318,7 +318,7 @@ def main(config):
     setup = prepare(config, ranks, FREE_TO_CHANGE)
     vla, dataset, run = setup.vla, setup.dataset, setup.run
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
-    average = MovingAverage(vla, config.ema if config.ema >= 0 else setup.default_ema)
+    average = MovingAverage(vla, setup.ema)
     first = restore_training(run, vla, optimizer, average) if setup.resuming else 0
     vla.backbone.checkpointing = config.gradient_checkpointing
     if config.compile:

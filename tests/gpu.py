@@ -21,7 +21,6 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = ("baseline", "la_align", "la_direct", "la_cond", "la_tok")
 TEST_FILES = "backbone model quantiser meta precision common checkpoint normalise".split()  # need no written data
 
 
@@ -117,7 +116,7 @@ def compare_devices(folder):
     from model_helpers import batch_for, small_config
 
     import common
-    from model import VLA
+    from model import VARIANTS, VLA
 
     torch.set_float32_matmul_precision("highest")
     off = []
@@ -172,6 +171,8 @@ def log_of(run_folder):
 
 def train_variants(folder, steps):
     """All five variants train on the embedded data, and their losses fall."""
+    from model import VARIANTS
+
     parts = []
     for variant in VARIANTS:
         run(train_command(folder, variant, steps), 60)

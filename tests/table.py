@@ -18,10 +18,10 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import VARIANTS
 from results import mcnemar, paired_difference, read_trials, trial_key, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = ("baseline", "la_align", "la_direct", "la_cond", "la_tok")
 CONTROLS = {  # column -> flags of eval.py
     "blind": ("--blind",),
     "main black": ("--black-camera", "image"),
@@ -35,7 +35,7 @@ CONTROLS = {  # column -> flags of eval.py
 class Config:
     out: Path
     """folder of the runs, one for each variant and seed, and of table.md"""
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[str, ...] = tuple(VARIANTS)
     """variants, the one that the others are compared with first"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of training"""
