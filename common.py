@@ -58,7 +58,7 @@ def init_distributed(timeout=600):
         torch.set_num_threads(1)  # tiny models gain little from more, and lose much when a core is busy
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # NCCL sends objects, as all_gather_object's, from the current device
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16, as the action head
     if world > 1:
         _join_group("nccl" if cuda else "gloo", rank, world, timedelta(seconds=timeout))
@@ -99,7 +99,7 @@ def check_bf16_support(name, capability):
 
 
 def all_sum(tensor):
-    """Add up `tensor` over all processes, in place, and return it."""
+    """Add up `tensor` over all processes, in place, and return it. NCCL takes tensors of this process's GPU alone."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

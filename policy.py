@@ -129,6 +129,8 @@ class Policy:
             check_bf16_support(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
             for parameter in self.vla.backbone.qwen.parameters():
                 parameter.data = parameter.data.bfloat16()
+            # A CUDA graph belongs to the thread that first ran it, and its next run overwrites its outputs: call the
+            # policy from one thread; __call__ copies the actions to the CPU. Dynamo compiles eight sizes, then raises.
             options = dict(fullgraph=True, dynamic=False, mode="reduce-overhead")
             self.vla.forward_pass = torch.compile(self.vla.forward_pass, **options)
 

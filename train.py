@@ -368,7 +368,7 @@ def main(config):
         means = totals["means"]
         means["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
         means["skipped"] = (~means["grad_norm"].isfinite()).float()
-        optimizer.found_inf = means["skipped"]  # when 1, step() changes nothing
+        optimizer.found_inf = means["skipped"]  # a tensor on the device, as the fused AdamW asks; 1: nothing changes
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(step)

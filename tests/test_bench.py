@@ -119,6 +119,16 @@ def test_memory_table_of_the_docs(capsys):
     assert f"A step is {table['flop_a_sample'] / 1e12:.2f} TFLOP a sample for the 2B model" in text
 
 
+@pytest.mark.usefixtures("restored_precision")
+@pytest.mark.parametrize(("size", "published"), [("2b", 2.128e9), ("4b", 4.438e9), ("8b", 8.767e9)])
+def test_real_sizes_have_the_parameters_of_the_releases(size, published):
+    """Those of the backbone; the output matrix, which the 8B model has of its own, is never built here."""
+    vla = bench_model.random_vla(bench_model.MemoryConfig(size=size, tuning="frozen", device="cpu"), empty=True)
+    vocabulary, width = vla.backbone.qwen.language_model.embed_tokens.weight.shape
+    count = sum(parameter.numel() for parameter in vla.backbone.qwen.parameters())
+    assert round((count + (vocabulary * width if size == "8b" else 0)) / 1e6) == round(published / 1e6)
+
+
 def test_modes_of_the_command_line():
     """Those that the first lines of bench.py list, each with a config of its own and a file for its table."""
     listed = {line.split()[2] for line in bench.__doc__.splitlines() if line.startswith("    python tests/bench.py")}
