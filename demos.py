@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rollout import TRIALS, encode_image
+from images import encode_image
+from rollout import TRIALS
 from sim import CAMERAS, GRID, MAX_STEPS, Sim, instructions, versions
 
 TIP = 0.005  # m, the fingertips end this far below the grip site

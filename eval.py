@@ -9,9 +9,10 @@
     python eval.py --replay data/libero_tiny             # no policy: do data, statistics and simulator agree?
 
 The protocol is OpenVLA-OFT's: 10 settling steps, both cameras rendered at 256 px and rotated by 180 degrees, stored as
-the training images were (Lanczos, JPEG), centre crop, all actions of a chunk open-loop, success by the task's own check
-within the suite's step limit. Trial i starts from official start i after seeding the simulator with i; `widen` then
-moves the handled object, as in the run's data. Everything that must agree with training comes from the run.
+the training images were (Lanczos, JPEG), centre crop, all actions of a chunk open-loop (fewer with --execute), success
+by the task's own check within the suite's step limit. Trial i starts from official start i after seeding the simulator
+with i; `widen` then moves the handled object, as in the run's data. Everything that must agree with training comes from
+the run, and the policy itself sees to it (policy.py).
 
 Simulators run in processes of their own and share one policy (pool.py). Cameras are drawn only where the policy gets an
 observation. Each finished trial is one line of RUN/eval.jsonl, and an interrupted evaluation continues with the same
@@ -20,6 +21,7 @@ in results.py.
 """
 
 import difflib
+import functools
 import hashlib
 import importlib
 import math
@@ -35,16 +37,18 @@ from tqdm import tqdm
 
 from common import init_distributed
 from data import open_dataset
+from execution import Execution
 from files import read_json, write_json
 from index import CACHE
 from normalise import Normaliser, statistics_hash, to_robosuite
 from policy import Policy
-from pool import batch_policy, play_all
+from pool import play_all
 from results import Results, compare, group_by, print_table, summarise, tally, trial_key, trial_record
 from rollout import TRIALS, Episode, contact_sheets
 
 SIMULATORS = {"libero": "sim"}  # --simulator -> module; the interface is in rollout.py
 CONTROLS = ("blind", "black_camera", "swap_cameras", "mute", "swap_instruction")
+EXECUTION = ("execute", "average_chunks")
 
 
 @dataclass
@@ -76,6 +80,10 @@ class Config:
     """control: the policy gets an empty instruction"""
     swap_instruction: bool = False
     """control: the policy gets the instruction of a different task of the suite"""
+    execute: int = 0
+    """actions of each chunk that are executed before the policy is asked again (default: all)"""
+    average_chunks: bool = False
+    """with a small --execute: execute the mean of the chunks that overlap, as ACT's temporal ensemble"""
     envs: int = 0
     """simulator processes (default: one per CPU core, at most 16)"""
     policy_batch: int = 8
@@ -132,7 +140,10 @@ def plan_trials(config, policy):
             "suite": suite,
             "max_steps": simulator.step_limit(suite),
             "widen": widen,
-            "cameras": entry["cameras"],
+            "cameras": {name: stored["size"] for name, stored in entry["cameras"].items()},
+            "chunk": policy.chunk,
+            "execute": config.execute,
+            "average": config.average_chunks,
             "blind": config.blind,
             "black_camera": config.black_camera,
             "swap_cameras": config.swap_cameras,
@@ -261,7 +272,8 @@ def plan_replay(config, dataset, stats):
 def check_policy(policy, config):
     """Raise ValueError when the simulator cannot give a policy what it was trained on, or a control does not fit it."""
     simulator = load_simulator(config)
-    names = list(policy.data_entry["cameras"])
+    Execution(policy.chunk, config.execute, config.average_chunks)
+    names = policy.cameras
     if config.black_camera and config.black_camera not in names:
         raise ValueError(f"black_camera is '{config.black_camera}'; the policy has the cameras {', '.join(names)}")
     if config.swap_cameras and len(names) < 2:
@@ -355,7 +367,7 @@ def result_path(config):
     parts = ["eval"]
     if config.simulator != Config.simulator:
         parts.append(config.simulator)
-    for control in CONTROLS:
+    for control in CONTROLS + EXECUTION:
         if value := getattr(config, control):
             parts.append(control.replace("_", "-") if value is True else f"{control.replace('_', '-')}-{value}")
     if config.shard:
@@ -440,10 +452,11 @@ def evaluate(config, policy):
     settings = {"model": weights, "data": policy.name, "device": policy.device, "policy_batch": config.policy_batch}
     settings |= {"text_length": policy.vla.config.text_length}  # more room for text changes actions by rounding
     settings |= {control: getattr(config, control) for control in CONTROLS}
+    settings |= {name: value for name in EXECUTION if (value := getattr(config, name))}
     if config.simulator != Config.simulator:
         settings |= {"simulator": config.simulator}
     results = Results(path, settings, simulator.versions())
-    run_all(config, episodes, batch_policy(policy, config.policy_batch), results)
+    run_all(config, episodes, functools.partial(policy, gripper="robosuite"), results)
     summary = report(
         episodes, results, policy.data_entry, run=config.run, variant=policy.run_config["train"]["variant"]
     )
@@ -504,7 +517,7 @@ def main(config):
     init_distributed()  # for its number of threads
     if config.replay:
         return replay(config)
-    return evaluate(config, Policy(config.run, choose_data(config)))
+    return evaluate(config, Policy(config.run, choose_data(config), batch=config.policy_batch))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from files import read_json
+from images import decode_image
 from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents
 from mp4 import read_frame, scan_video
-from rlds import decode_image
 
 FORMAT = "LeRobot (meta/info.json)"  # for messages
 VERSIONS = ("v2.1", "v3.0")

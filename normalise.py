@@ -144,6 +144,11 @@ class Normaliser:
             self.mask = np.array(stats.get("mask", np.ones(len(self.low), bool)), bool)
             self.constant = np.equal(stats["min"], stats["max"], dtype=bool)
             self.clip = bool(stats.get("clip", True))
+            low, high = self.low, self.low + self.range
+            if not self.clip:
+                low, high = (np.array(stats[name], np.float64) for name in ("min", "max"))
+            # what training sees at least and at most, in physical units
+            self.limits = np.where(self.mask, low, stats["min"]), np.where(self.mask, high, stats["max"])
             shapes = {array.shape for array in (self.low, self.range, self.mask, self.constant)}
             if self.low.ndim != 1 or len(shapes) > 1:
                 raise ValueError("their sizes differ")

@@ -1,8 +1,16 @@
-"""A trained run as a policy: `Policy("runs/NAME")(images, instructions, proprio)` gives actions in the data's units.
+"""A trained run as a policy, for robots, simulators and servers.
+
+    policy = Policy("runs/NAME")
+    actions = policy({"images": {"image": frame, "wrist_image": wrist}, "state": state, "instruction": text})
+
+A camera's frame is u8 [h, w, 3] of any size, upright, RGB, or floats in [0, 1]; the state is in the units of the data.
+Everything that must be done to them as in training is done here; evaluation goes the same way.
 
 Axes: B batch, C cameras, H chunk steps, A action size, N proprio size.
 """
 
+import re
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,17 +22,39 @@ from batches import resize_image
 from checkpoint import load_trainable
 from common import check_bf16_support
 from dataspec import PRESETS, fit_image, format_spec, parse_spec
+from execution import Execution
 from files import load_tensors, read_json
+from images import read_image, store_image
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
 
+MOST = 128  # observations of one forward pass; more are answered in several
+GRIPPERS = ("data", "robosuite")
+RANGE_SLACK = 0.1  # of the range of a state in training, by which it may leave it without a warning
 
-def load_vla(run, text_length=0):
+
+def find_run(run):
+    """Return the folder of a run: `run` itself, or a copy of the Hub repository "owner/name".
+
+    Raise FileNotFoundError when there is neither, or no way to reach the Hub.
+    """
+    if Path(run).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(run)):
+        return Path(run)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(run), allow_patterns=["*.json", "model.safetensors"]))
+    except Exception as error:  # no network, no such repository, no access
+        raise FileNotFoundError(f"there is no folder {run}, and the Hub has no such run for you: {error}") from error
+
+
+def load_vla(run, text_length=0, backbone=""):
     """Return (VLA in evaluation mode, config.json of the run).
 
-    text_length: tokens reserved for instructions, if another number than in training. Raise FileNotFoundError or
-    ValueError when `run` is not a finished run, is damaged, or was trained on another base model.
+    text_length: tokens reserved for instructions, if another number than in training; backbone: where the backbone lies
+    now, if not where it was. Raise FileNotFoundError or ValueError when `run` is not a finished run, is damaged, or was
+    trained on another base model.
     """
     run = Path(run)
     for name in ("config.json", "model.safetensors"):
@@ -37,6 +67,8 @@ def load_vla(run, text_length=0):
         settings = dict(run_config["model"])
         if text_length:
             settings["text_length"] = text_length
+        if backbone:
+            settings["backbone"] = backbone
         config = ModelConfig(**settings)
         _check_sizes(config, sum(tensor.numel() for tensor in tensors.values()))
         vla = VLA(config)
@@ -78,21 +110,23 @@ def _check_sizes(config, num_weights):
 class Policy:
     """A run's model with the statistics and the description of one of its data sets.
 
-    policy(images, instructions, proprio) -> actions in the convention of that data.
-
-    On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size, at most eight of them.
+    On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size. Batches are padded: to
+    powers of two up to `MOST`, or all to `batch`, so that an answer does not depend on what else is asked.
     """
 
-    def __init__(self, run, data="", device=""):
-        """Load a run folder.
+    def __init__(self, run, data="", device="", batch=0, backbone=""):
+        """Load a run folder, or the run that the Hub repository "owner/name" holds.
 
         data: whose statistics to use, by data set name; needed only when the run was trained on several. device: the
-        GPU when there is one, unless stated. Raise as `load_vla`, or ValueError when statistics and run do not fit.
+        GPU when there is one, unless stated. batch: pad all batches to this. backbone: where the pretrained backbone
+        lies now, if it was moved. Raise as `find_run` and `load_vla`, or ValueError when statistics and run do not fit.
         """
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.run = run
+        self.batch = batch
+        self.backbone = backbone
+        self.run = find_run(run)
         self._load()
-        statistics = read_json(Path(run) / "dataset_statistics.json")
+        statistics = read_json(self.run / "dataset_statistics.json")
         name = data or (next(iter(statistics)) if len(statistics) == 1 else "")
         if name not in statistics:
             raise ValueError(f"{run} has statistics of {list(statistics)}, not of '{name}'; choose one of them")
@@ -116,13 +150,14 @@ class Policy:
         self.action = Normaliser(self.stats["action"])
         has_state = self.vla.config.proprio_size and "proprio" in self.stats
         self.state = Normaliser(self.stats["proprio"]) if has_state else None
+        self.warned = set()  # dimensions of the state
         self.embodiment = 0
         if embodiments := self.vla.config.embodiments:
             self.embodiment = [known for known, *_ in embodiments].index(self.data_entry["embodiment"])
 
     def _load(self, text_length=0):
         """Read the run, with LoRA merged into its matrices."""
-        vla, self.run_config = load_vla(self.run, text_length)
+        vla, self.run_config = load_vla(self.run, text_length, self.backbone)
         self.vla = vla.to(self.device)
         merge_lora(self.vla)
         if self.vla.queries.is_cuda:
@@ -130,72 +165,243 @@ class Policy:
             for parameter in self.vla.backbone.qwen.parameters():
                 parameter.data = parameter.data.bfloat16()
             # A CUDA graph belongs to the thread that first ran it, and its next run overwrites its outputs: call the
-            # policy from one thread; __call__ copies the actions to the CPU. Dynamo compiles eight sizes, then raises.
+            # policy from one thread; `predict` copies the actions to the CPU. Dynamo compiles eight sizes, then raises.
             options = dict(fullgraph=True, dynamic=False, mode="reduce-overhead")
             self.vla.forward_pass = torch.compile(self.vla.forward_pass, **options)
 
-    def fit_instructions(self, instructions):
-        """Reserve more tokens for the text, if these instructions are longer than those of training.
+    @property
+    def cameras(self):
+        """The names of the cameras, in the model's order."""
+        return list(self.data_entry["cameras"])
 
-        Padding is masked, so actions for shorter instructions stay the same to rounding.
+    @property
+    def chunk(self):
+        """The number of actions H that are predicted at once."""
+        return self.vla.config.chunk
+
+    def text_tokens(self, instruction):
+        """Return the number of tokens of an instruction with its request."""
+        return len(prompt_ids(self.vla.backbone.tokenizer, instruction, self.chunk))
+
+    def fit_instructions(self, instructions):
+        """Reserve more tokens for the text, if these instructions are longer than any before.
+
+        The run is read again. Padding is masked, so actions for shorter instructions stay the same to rounding.
         """
-        backbone = self.vla.backbone
-        longest = max(len(prompt_ids(backbone.tokenizer, text, backbone.chunk)) for text in instructions)
-        if longest > backbone.text_length:
+        longest = max(map(self.text_tokens, instructions))
+        if longest > self.vla.backbone.text_length:
             self._load((longest + 7) // 8 * 8)
 
-    @torch.inference_mode()
-    def __call__(self, images, instructions, proprio, gripper="data"):
-        """Return actions f32 [B, H, A] in physical units.
+    # -- observations ------------------------------------------------------------------------------------------------
 
-        images: list of C arrays u8 [B, h, w, 3] in the run's camera order; instructions: [B] strings; proprio: f32
-        [B, N] in physical units, ignored by a model without; gripper: "data" for the convention of the data,
-        "robosuite" for -1 open and 1 closed.
+    def __call__(self, observation, gripper="data"):
+        """Return actions f32 [H, A] in physical units for one observation, [B, H, A] for a list of them.
+
+        observation: {"images": {camera: u8 [h, w, 3], or floats in [0, 1]}, "state": [N] in physical units (not for a
+        model without), "instruction": text}. gripper: "data" for the convention of the data, "robosuite" for -1 open
+        and 1 closed. Actions never leave what training saw. Warn of a state that training did not see. Raise ValueError
+        for what cannot be meant, with what was expected.
         """
-        actions, _ = self.vla.predict(self._batch(images, instructions, proprio))
-        actions = self.action.unnormalise(actions[..., : len(self.action.low)].cpu().numpy())
+        if gripper not in GRIPPERS:
+            raise ValueError(f"gripper is {gripper!r}; choose {' or '.join(GRIPPERS)}")
+        several = isinstance(observation, (list, tuple))
+        observations = observation if several else [observation]
+        if not observations:
+            raise ValueError("there is no observation in the list")
+        for each in observations:
+            self._check_names(each)
+        images = [np.stack([self.stored(name, each["images"][name]) for each in observations]) for name in self.cameras]
+        state = self._read_states(observations)
+        actions = self.predict(images, [each["instruction"] for each in observations], state)
         if gripper == "robosuite":
-            return to_robosuite(actions, self.spec.grippers)
-        return unstandardise(actions, self.spec.grippers)
+            actions = to_robosuite(actions, self.spec.grippers)
+        else:
+            actions = unstandardise(actions, self.spec.grippers)
+        return actions if several else actions[0]
 
-    def _batch(self, images, instructions, proprio):
+    def _check_names(self, observation):
+        """Raise ValueError unless an observation has everything under its name."""
+        expected = {"images": dict, "instruction": str} | ({"state": object} if self.state else {})
+        if not isinstance(observation, dict):
+            raise ValueError(
+                f"an observation is a {type(observation).__name__}; it must be a dict of {self._example()}"
+            )
+        if missing := [name for name in expected if name not in observation]:
+            raise ValueError(
+                f"the observation has no {', '.join(missing)}, but {', '.join(map(str, observation)) or 'nothing'}; it "
+                f"must be {self._example()}"
+            )
+        for name, kind in expected.items():
+            if not isinstance(observation[name], kind):
+                raise ValueError(
+                    f"{name} is a {type(observation[name]).__name__}, not a {kind.__name__}; an observation is "
+                    f"{self._example()}"
+                )
+        if missing := [name for name in self.cameras if name not in observation["images"]]:
+            raise ValueError(
+                f"there is no image of {', '.join(missing)}; there are images of "
+                f"{', '.join(map(str, observation['images'])) or 'no camera'}, and the policy needs "
+                f"{', '.join(self.cameras)}"
+            )
+
+    def _example(self):
+        """Return how an observation looks, as text."""
+        images = ", ".join(f'"{name}": u8 [h, w, 3]' for name in self.cameras)
+        state = f', "state": [{len(self.state.low)} numbers]' if self.state else ""
+        return f'{{"images": {{{images}}}{state}, "instruction": text}}'
+
+    def stored(self, name, image):
+        """Return a camera's frame as a training image is read: u8, resized (Lanczos) and compressed as those were.
+
+        A frame of another shape than theirs is made square first, as the description of the data says. Raise ValueError
+        where it says nothing, or where the frame is none.
+        """
+        image = read_image(name, image)
+        options = dict(self.data_entry["cameras"][name])
+        height, width = np.broadcast_to(options.pop("size"), 2).tolist()
+        if abs(image.shape[0] * width - image.shape[1] * height) > max(*image.shape[:2], height, width):
+            if not self.spec.image_fit:
+                raise ValueError(
+                    f"the image of {name} has {image.shape[0]} x {image.shape[1]} pixels, but those of training had "
+                    f"{height} x {width}: pad or crop it to that shape first. Their description:\n"
+                    f"{format_spec(self.spec)}"
+                )
+            image = fit_image(image, self.spec.image_fit)
+            height = width = min(height, width)
+        return store_image(image, (height, width), **options)
+
+    def _read_states(self, observations):
+        """Return the states f64 [B, N]; [B, 0] of a model without. Raise ValueError for wrong sizes and NaN."""
+        if not self.state:
+            return np.zeros((len(observations), 0))
+        states = []
+        for observation in observations:
+            state = np.asarray(observation["state"])
+            size = len(self.state.low)
+            if state.shape != (size,) or state.dtype.kind not in "fiu":
+                raise ValueError(f"the state is {state.dtype} {state.shape}; it must be {size} numbers, ({size},)")
+            if not np.isfinite(state).all():
+                wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
+                raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
+            self._warn_of_range(state)
+            states.append(state)
+        return np.stack(states).astype(np.float64)
+
+    def _warn_of_range(self, state):
+        """Warn, once for each dimension, of a state [N] that is far from all of training."""
+        low, high = (np.array(self.stats["proprio"][name]) for name in ("min", "max"))
+        slack = np.maximum(RANGE_SLACK * (high - low), 1e-3)
+        for number in np.flatnonzero((state < low - slack) | (state > high + slack)):
+            if number in self.warned:
+                continue
+            self.warned.add(number)
+            advice = ""
+            for first in range(max(0, number - 2), min(number, len(state) - 3) + 1):
+                part = slice(first, first + 3)
+                other = other_way_round(state[part])
+                if (np.abs(other - (low + high)[part] / 2) <= (high - low)[part] / 2 + slack[part]).all():
+                    advice = (
+                        f". If state[{first}:{first + 3}] is a rotation vector, the same rotation turned the other way "
+                        f"round, {other.round(3).tolist()}, is inside: give that one"
+                    )
+            warnings.warn(
+                f"state[{number}] is {state[number]:.4g}, but in training it was {low[number]:.4g} to "
+                f"{high[number]:.4g}, so the policy was never trained for this{advice}",
+                stacklevel=4,
+            )
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, images, instructions, state):
+        """Return standardised actions f32 [B, H, A] in physical units, a gripper 1 open and 0 closed.
+
+        images: C arrays u8 [B, h, w, 3] as stored in training, in the order of `cameras`; state: [B, N].
+        """
+        self.fit_instructions(instructions)
+        count = len(instructions)
+        most = self.batch or MOST
+        parts = []
+        for first in range(0, count, most):
+            rows = np.arange(first, min(first + most, count))
+            rows = np.append(rows, np.full(self._padding(len(rows)), first))
+            inputs = [camera[rows] for camera in images], [instructions[row] for row in rows], state[rows]
+            actions, _ = self.vla.predict(self._batch(*inputs))
+            parts.append(actions[: count - first].float().cpu().numpy())
+        actions = self.action.unnormalise(np.concatenate(parts)[..., : len(self.action.low)])
+        return actions.clip(*self.action.limits)
+
+    def _padding(self, count):
+        """Return how many observations are added to `count`."""
+        return (self.batch or 1 << (count - 1).bit_length()) - count
+
+    def _batch(self, images, instructions, state):
         """Return what `VLA.predict` takes; cameras and numbers that the embodiment lacks are 0."""
         count = len(instructions)
         config = self.vla.config
-        names = list(self.data_entry["cameras"])
-        if len(images) != len(names):
-            raise ValueError(f"there are images of {len(images)} cameras; the policy has {', '.join(names)}")
-        sides = self.data_entry.get("image_sides", [0] * len(names))
-        images = [self._fit_images(*entry, count) for entry in zip(names, images, sides)]
+        sides = self.data_entry.get("image_sides", [0] * len(images))
+        images = [self._fitted(*entry) for entry in zip(images, sides)]
         images = [torch.as_tensor(camera, device=self.device) for camera in images]
         absent = torch.zeros(count, 32, 32, 3, dtype=torch.uint8, device=self.device)
-        state = np.zeros((count, config.proprio_size), np.float32)
+        proprio = np.zeros((count, config.proprio_size), np.float32)
         if self.state:
-            proprio = np.asarray(proprio)
-            if proprio.shape != (count, len(self.state.low)):
-                raise ValueError(f"proprio has the shape {proprio.shape}; it must be {(count, len(self.state.low))}")
-            normalised = self.state.normalise(proprio)
-            state[:, : normalised.shape[1]] = normalised
+            proprio[:, : state.shape[1]] = self.state.normalise(state)
         return {
             "images": images + [absent] * (config.cameras - len(images)),
             "text": instructions,
-            "proprio": torch.from_numpy(state).to(self.device),
+            "proprio": torch.from_numpy(proprio).to(self.device),
             "embodiment": torch.full((count,), self.embodiment, device=self.device),
             "num_cameras": torch.full((count,), len(images), device=self.device),
         }
 
-    def _fit_images(self, name, images, side, count):
-        """Return a camera's images u8 [B, h, w, 3] as in training: grey ones repeated, square, resized to `side`."""
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count or images.shape[3] not in (1, 3):
-            raise ValueError(
-                f"images of {name} are {images.dtype} {images.shape}; they must be uint8 [{count}, height, width, 3]"
-            )
-        height, width = images.shape[1:3]
-        if height != width and not self.spec.image_fit:
-            raise ValueError(
-                f"images of {name} have {height} x {width} pixels, but the policy was trained on square ones; pad or "
-                f"crop them first. Its description:\n{format_spec(self.spec)}"
-            )
-        images = images.repeat(3 // images.shape[3], 3)
+    def _fitted(self, images, side):
+        """Return a camera's stored images u8 [B, h, w, 3] as samples of training have them: square, of one size."""
         return np.stack([resize_image(fit_image(image, self.spec.image_fit), side) for image in images])
+
+    def warm_up(self, size=1):
+        """Answer `size` black observations, so that what is compiled at first use is compiled."""
+        sizes = [np.broadcast_to(camera["size"], 2) for camera in self.data_entry["cameras"].values()]
+        images = [np.zeros((size, *side, 3), np.uint8) for side in sizes]
+        self.predict(images, [""] * size, np.zeros((size, len(self.state.low) if self.state else 0)))
+
+    def controller(self, execute=0, average=False, gripper="data"):
+        """Return a `Controller` that asks this policy; see `execution.Execution` for execute and average."""
+        return Controller(self, Execution(self.chunk, execute, average), gripper)
+
+
+class Controller:
+    """One robot's loop: `controller(observation)` returns the next action f32 [A]; call `reset()` before an episode.
+
+    The policy is asked only when the executed part of its last chunk is used up; `due` says whether the next call will
+    ask it, so that observations need not be made in between.
+    """
+
+    def __init__(self, policy, execution, gripper):
+        self.policy = policy
+        self.execution = execution
+        self.gripper = gripper
+
+    @property
+    def due(self):
+        """Whether the next call needs an observation; until then it may be None."""
+        return self.execution.due
+
+    def __call__(self, observation=None):
+        """Return the next action f32 [A]. observation: as of `Policy`."""
+        if self.execution.due:
+            self.execution.add(self.policy(observation, self.gripper))
+        return self.execution.next()
+
+    def reset(self):
+        """Forget the actions that were planned."""
+        self.execution.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotations
+
+
+def other_way_round(rotation):
+    """Return the rotation vector [3] of the same rotation about the opposite axis, by 2 pi minus the angle."""
+    angle = float(np.linalg.norm(rotation))
+    return rotation * (1 - 2 * np.pi / angle) if angle else np.asarray(rotation)

@@ -1,7 +1,6 @@
 """Many simulators, one policy: each simulator runs in a process of its own, at its own pace.
 
-One policy acts for all that wait for it, always at the same padded batch, so that an outcome depends neither on the
-number of simulators nor on their order. A simulator that crashes or hangs is replaced.
+One policy acts for all that wait for it. A simulator that crashes or hangs is replaced.
 
 Axes: H chunk steps, A action size.
 """
@@ -13,33 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-import numpy as np
 from tqdm import tqdm
 
 from rollout import Episode, Process
 
 MAX_TRIES = 3  # an episode whose simulator crashes or hangs this often is recorded as an error
-
-
-def batch_policy(policy, size):
-    """Return a function that maps observations to actions for the simulator, f32 [H, A] each.
-
-    observations: list of (instruction, images, proprio). The policy's batch is always padded to `size`. The samples of
-    a batch do not affect each other, so the actions for one do not depend on which others are in the batch.
-    """
-
-    def act(observations):
-        chunks = []
-        for first in range(0, len(observations), size):
-            part = observations[first : first + size]
-            padded = part + part[:1] * (size - len(part))
-            instructions, images, proprio = zip(*padded)
-            images = [np.stack(camera) for camera in zip(*images)]  # each u8 [size, h, w, 3]
-            actions = policy(images, list(instructions), np.stack(proprio), gripper="robosuite")  # [size, H, A]
-            chunks += list(actions[: len(part)])
-        return chunks
-
-    return act
 
 
 class Schedule:
@@ -158,7 +135,7 @@ class Pool:
             if kind == "open":
                 self.opened = True
             elif kind == "observation":
-                waiting.append((worker, (worker.episode.prompt, *content)))
+                waiting.append((worker, content))
             elif kind == "done":
                 self.end(worker, reason="success" if content["success"] else "step limit", **content)
             elif kind == "refused" or (kind == "unopened" and not self.opened):
@@ -204,10 +181,10 @@ class Pool:
 def play_all(episodes, act, finish, envs, watchdog):
     """Play all episodes on `envs` simulator processes, each at its own pace.
 
-    act: see `batch_policy`. finish(episode, result) is called as each episode ends; a result has success (None for an
-    error), steps, reason, tries, seconds, spent. A simulator that dies, raises or is silent for `watchdog` seconds is
-    replaced, its episode played again. Raise RuntimeError when the very first task cannot be opened, or when an episode
-    can never be played.
+    act maps a list of observations to their actions for the simulator, f32 [H, A] each. finish(episode, result) is
+    called as each episode ends; a result has success (None for an error), steps, reason, tries, seconds, spent. A
+    simulator that dies, raises or is silent for `watchdog` seconds is replaced, its episode played again. Raise
+    RuntimeError when the very first task cannot be opened, or when an episode can never be played.
     """
     pool = Pool(episodes, finish, envs, watchdog)
     try:

@@ -24,12 +24,8 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from files import read_json
+from images import decode_image
 from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents, raise_fault
-
-try:
-    import simplejpeg  # optional: the same pixels, decoded faster
-except ImportError:
-    simplejpeg = None
 
 FORMAT = "RLDS (features.json and *.tfrecord-* files)"  # for messages
 LARGEST_ROW = 4096  # numbers of a step; larger tensors, as of depth in metres, would fill the cache
@@ -306,21 +302,6 @@ class RldsIndex(Index):
             return {"format": "PNG"}
         tables = [list(table) for _, table in sorted(image.quantization.items())]
         return {"format": "JPEG", "qtables": tables, "subsampling": JpegImagePlugin.get_sampling(image)}
-
-
-def decode_image(stored, channels=3, formats=("JPEG", "PNG")):
-    """Return an image's bytes as u8 [height, width, channels]; JPEGs by simplejpeg where it is installed.
-
-    formats: Pillow's names of those that are read, None for all.
-    """
-    if simplejpeg and channels == 3 and stored[:2] == b"\xff\xd8":
-        return simplejpeg.decode_jpeg(stored, "RGB", fastdct=False, fastupsample=False)
-    image = Image.open(io.BytesIO(stored), formats=formats)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode})")
-    if channels == 1:
-        return np.asarray(image.convert("L"))[:, :, None]
-    return np.asarray(image.convert("RGB"))
 
 
 def open_index(path, cache=CACHE, on_fault=None):

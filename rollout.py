@@ -1,7 +1,7 @@
 """Play episodes in a simulator: the policy's observations, videos, and simulators in processes of their own.
 
-Observations are stored as the training images were (Lanczos, JPEG) and all actions of a chunk are executed before the
-next observation, as in OpenVLA-OFT's protocol. `python rollout.py FD` is what `Process` runs.
+All actions of a chunk are executed before the next observation, as in OpenVLA-OFT's protocol, unless an episode says
+otherwise (execution.py). `python rollout.py FD` is what `Process` runs.
 
 A simulator is one file in this folder, named in SIMULATORS of eval.py. Nothing else knows it. LIBERO is sim.py. It has
 
@@ -32,12 +32,11 @@ and an opened task has
 ValueError from start or restore ends the evaluation, as the episode can never be played; after any other error, a
 crash or a hang the episode is tried again.
 
-Axes: h, w pixels; n actions of a chunk; T steps of an episode; A values of an action; N values of the proprio.
+Axes: h, w pixels; H actions of a chunk; T steps of an episode; A values of an action; N values of the proprio.
 """
 
 import contextlib
 import importlib
-import io
 import os
 import socket
 import struct
@@ -52,24 +51,14 @@ from multiprocessing.connection import Connection
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from execution import Execution
+
 TRIALS = 50  # per task, in the field's protocol
 READ_LIMIT = 10  # s, for the rest of a message that has begun
 HEADER = 44  # pixels, height of the text above a video
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One episode
-
-
-def encode_image(frame, size, format="JPEG", **options):
-    """Return a camera frame as it is stored, in demonstrations and in evaluation alike: the bytes of a file.
-
-    frame: u8 [h, w, 3] -> Lanczos to size x size -> JPEG or PNG. options: Pillow's, quality=85 or the qtables=... and
-    subsampling=... of a data set.
-    """
-    image = Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +82,13 @@ class Episode:
     widen: float = 0.0
     """half-width in m of the square in which the handled object starts; 0: official"""
     cameras: dict = field(default_factory=dict)
-    """camera -> size and JPEG options of the policy's images, in the policy's order"""
+    """camera -> side, or (height, width), of its black images; in the policy's order"""
+    chunk: int = 8
+    """actions that the policy predicts at once"""
+    execute: int = 0
+    """how many of them are executed before it is asked again; 0: all"""
+    average: bool = False
+    """execute the mean of the chunks that overlap"""
     blind: bool = False
     """black images, for which no camera is drawn"""
     black_camera: str = ""
@@ -112,25 +107,19 @@ class Episode:
     """allow versions of the simulator that are not the benchmark's"""
 
 
-def policy_observation(sim, cameras, blind=False, black_camera="", swap_cameras=False):
-    """Return (images, proprio) for a policy: its images stored as its training images were, and f32 [N].
-
-    images: [u8 [size, size, 3] of each camera]. cameras: {name: {"size": pixels, **JPEG options}}. blind: the images
-    are black, and no frame is needed; black_camera: the image of this one is; swap_cameras: each of the first two shows
-    what the other sees.
-    """
-    frames = {} if blind else sim.observe()
-    seen = list(cameras)
-    if swap_cameras:
+def make_observation(sim, episode):
+    """Return what the policy gets at this moment, with the episode's controls: see `policy.Policy`."""
+    frames = {} if episode.blind else sim.observe()
+    seen = list(episode.cameras)
+    if episode.swap_cameras:
         seen[:2] = seen[1::-1]
-    images = []
-    for name, other, stored in zip(cameras, seen, cameras.values()):
-        if blind or name == black_camera:
-            images.append(np.zeros((stored["size"], stored["size"], 3), np.uint8))
+    images = {}
+    for (name, size), other in zip(episode.cameras.items(), seen):
+        if episode.blind or name == episode.black_camera:
+            images[name] = np.zeros((*np.broadcast_to(size, 2), 3), np.uint8)
         else:
-            file = encode_image(frames[other], **stored)
-            images.append(np.array(Image.open(io.BytesIO(file)).convert("RGB")))
-    return images, sim.proprio()
+            images[name] = frames[other]
+    return {"images": images, "state": sim.proprio(), "instruction": episode.prompt}
 
 
 def go_to_start(sim, episode, render):
@@ -144,23 +133,20 @@ def go_to_start(sim, episode, render):
 def play(sim, episode, act, render_every_step=False):
     """Play one episode with a policy; return (success, executed actions).
 
-    act(images, proprio) -> f32 [n, A], see `policy_observation`: all n actions are executed before the next call.
-    render_every_step: draw the cameras at every step, not only where the policy gets an observation.
+    act(observation) -> f32 [H, A], see `make_observation`. render_every_step: draw the cameras at every step, not only
+    where the policy gets an observation.
     """
     render = not episode.blind
     go_to_start(sim, episode, render)
+    execution = Execution(episode.chunk, episode.execute, episode.average)
     executed = []
     success = False
     while len(executed) < episode.max_steps and not success:
-        controls = episode.blind, episode.black_camera, episode.swap_cameras
-        observation = policy_observation(sim, episode.cameras, *controls)
-        chunk = act(*observation)[: episode.max_steps - len(executed)]  # [n, A]
-        for number, action in enumerate(chunk):
-            last = number + 1 == len(chunk)
-            success = sim.step(action, render=render_every_step or (render and last))
-            executed.append(action)
-            if success:
-                break
+        if execution.due:
+            execution.add(act(make_observation(sim, episode)))
+        action = execution.next()
+        success = sim.step(action, render=render_every_step or (render and execution.due))
+        executed.append(action)
     return success, executed
 
 
@@ -274,7 +260,7 @@ class Process:
     """A simulator process, which may crash or hang without harm to the evaluation. `connection` yields (kind, content):
 
     ("open", None)                the episode's task is open
-    ("observation", (images, proprio))   it waits for `act(actions)`
+    ("observation", observation)  it waits for `act(actions)`
     ("alive", None)               it is recording a video
     ("done", result)              the episode ended: {"success", "steps", "spent"}; it waits for the next
     ("failed", text)              the episode raised an exception; it waits for the next
@@ -300,7 +286,7 @@ class Process:
         self.connection.send(episode)
 
     def act(self, actions):
-        """Send the actions that follow an observation, f32 [n, A]."""
+        """Send the actions that follow an observation, f32 [H, A]."""
         self.connection.send(actions)
 
     def exit_reason(self):
@@ -360,9 +346,9 @@ def play_remotely(sim, episode, connection, open_seconds):
     before = dict(sim.spent)
     spent = {"open": open_seconds, "wait": 0.0}
 
-    def act(images, proprio):
+    def act(observation):
         sent = time.perf_counter()
-        connection.send(("observation", (images, proprio)))
+        connection.send(("observation", observation))
         actions = connection.recv()
         spent["wait"] += time.perf_counter() - sent
         return actions

@@ -91,11 +91,6 @@ class TimedPolicy:
         return actions
 
 
-def act_alone(policy, prompt, images, proprio):
-    """Return the simulator's actions f32 [H, A] for one observation, at batch 1."""
-    return policy([image[None] for image in images], [prompt], proprio[None], gripper="robosuite")[0]
-
-
 def play_in_turn(episodes, policy):
     """Play the episodes in one simulator in this process, as the field evaluates.
 
@@ -111,7 +106,7 @@ def play_in_turn(episodes, policy):
     spent = {"open": time.perf_counter() - started}
     outcomes = {}
     for episode in episodes:
-        act = functools.partial(act_alone, policy, episode.prompt)
+        act = functools.partial(policy, gripper="robosuite")
         outcomes[episode.seed], _ = play(sim, episode, act, render_every_step=True)
     sim.close()
     return outcomes, time.perf_counter() - started, spent | sim.spent | {"policy": policy.seconds}
@@ -119,7 +114,7 @@ def play_in_turn(episodes, policy):
 
 def play_in_processes(episodes, policy, config):
     """Play the episodes as eval.py does; return as `play_in_turn`, with seconds summed over the processes."""
-    from pool import batch_policy, play_all
+    from pool import play_all
 
     started = time.perf_counter()
     policy = TimedPolicy(policy)
@@ -131,7 +126,7 @@ def play_in_processes(episodes, policy, config):
         for name, seconds in result["spent"].items():
             spent[name] = spent.get(name, 0.0) + seconds
 
-    play_all(episodes, batch_policy(policy, config.policy_batch), finish, config.envs, WATCHDOG)
+    play_all(episodes, functools.partial(policy, gripper="robosuite"), finish, config.envs, WATCHDOG)
     return outcomes, time.perf_counter() - started, spent | {"policy": policy.seconds}
 
 
@@ -157,13 +152,12 @@ def bench_eval(config):
     from eval import Config, plan_trials
     from policy import Policy
 
-    policy = Policy(config.run)
+    alone, policy = Policy(config.run), Policy(config.run, batch=config.policy_batch)
     task = policy.data_entry["tasks"][0]
     episodes = plan_trials(Config(run=str(config.run), trials=config.episodes, task_ids=(task,)), policy)
-    sizes = [camera["size"] for camera in policy.data_entry["cameras"].values()]
-    black = [np.zeros((1, size, size, 3), np.uint8) for size in sizes]
-    policy(black, [episodes[0].prompt], np.zeros((1, 8), np.float32))  # the first call is slower
-    first = eval_row(*play_in_turn(episodes, policy))
+    alone.warm_up()  # the first call is slower
+    policy.warm_up()
+    first = eval_row(*play_in_turn(episodes, alone))
     second = eval_row(*play_in_processes(episodes, policy, config))
     same = sum(first["outcomes"][seed] == second["outcomes"][seed] for seed in first["outcomes"])
     rows = {"field's loop": first, f"eval.py, {config.envs} envs": second}
