@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+except ImportError:  # everything but this format works without it
+    pa = None
 
 from files import read_json
 from images import decode_image
@@ -93,8 +97,11 @@ def read_row_group(file, group, column, process):
 def open_index(path, cache=CACHE, on_fault=None):
     """Return the `LeRobotIndex` of the data set at `path`, from `cache` if no file has changed since it was indexed.
 
-    on_fault: as of `data.open_index`. Raises ValueError with the file, and what is wrong in it.
+    on_fault: as of `data.open_index`. Raises ValueError with the file, and what is wrong in it; ImportError without
+    pyarrow.
     """
+    if pa is None:
+        raise ImportError(f"{path} is a LeRobot data set, whose tables pyarrow reads: pip install pyarrow")
     directory = Path(path)
     try:
         meta = read_metadata(directory)

@@ -60,6 +60,7 @@ def checks(config):
     step = [*bench, "train", "--size", size, "--batch", batch, *small, *table("step")]
     if not config.tiny:
         step += ["--profile"]
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]  # without pytest-xdist, too
     label = ["--steps", 16] if config.tiny else ["--full", "--steps", 256]
     infer = ["--batches", 1, 2] if config.tiny else ["--batches", 1, 16]
     numerics = ["--batch", batch, "--steps", 2 if config.tiny else 20]
@@ -74,7 +75,7 @@ def checks(config):
         Check("nccl", one_process_group, 30),
         Check("policy", compare_policy, 60),
         Check("resume", resume_after_kill, 90),
-        Check("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 0, *test_paths(config)], 180),
+        Check("tests", [*pytest, *test_paths(config)], 180),
     ]
 
 
