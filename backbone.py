@@ -20,6 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from lora import set_trainable
 from pretrained import load_qwen
 
+MAX_CACHED = 4096  # instructions, whose ids stay on the device
 MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
 
@@ -149,6 +150,8 @@ class Backbone(nn.Module):
         Only a new instruction is copied to the device; known ones are stacked there.
         """
         device = self.fixed_ids.device
+        if len(self.cached_ids) > MAX_CACHED:
+            self.cached_ids.clear()
         entries = []
         for text in instructions:
             if (text, device) not in self.cached_ids:

@@ -444,7 +444,7 @@ def evaluate(config, policy):
         tasks = ", ".join(str(task) for (task,) in group_by(group, "task"))
         print(f"{suite}: task ids {tasks} (the suite has {len(simulator.tasks(suite))} tasks)")
     prompts = {episode.prompt for episode in episodes}
-    policy.fit_instructions(prompts)
+    policy.reserve_text(max(map(policy.text_tokens, prompts)))
     if not config.mute:
         warn_of_new_instructions(prompts, policy.data_entry["instructions"])
     with open(Path(config.run) / "model.safetensors", "rb") as file:

@@ -183,14 +183,18 @@ class Policy:
         """Return the number of tokens of an instruction with its request."""
         return len(prompt_ids(self.vla.backbone.tokenizer, instruction, self.chunk))
 
-    def fit_instructions(self, instructions):
-        """Reserve more tokens for the text, if these instructions are longer than any before.
+    @property
+    def text_room(self):
+        """The number of tokens that are reserved for an instruction with its request."""
+        return self.vla.backbone.text_length
 
-        The run is read again. Padding is masked, so actions for shorter instructions stay the same to rounding.
+    def reserve_text(self, tokens):
+        """Reserve at least this many tokens for instructions, by reading the run again.
+
+        Padding is masked, so actions for shorter instructions stay the same to rounding.
         """
-        longest = max(map(self.text_tokens, instructions))
-        if longest > self.vla.backbone.text_length:
-            self._load((longest + 7) // 8 * 8)
+        if tokens > self.text_room:
+            self._load((tokens + 7) // 8 * 8)
 
     # -- observations ------------------------------------------------------------------------------------------------
 
@@ -202,22 +206,27 @@ class Policy:
         and 1 closed. Actions never leave what training saw. Warn of a state that training did not see. Raise ValueError
         for what cannot be meant, with what was expected.
         """
+        several = isinstance(observation, (list, tuple))
+        prepared = [self.prepare(each) for each in (observation if several else [observation])]
+        actions = self.answer(prepared, gripper)
+        return actions if several else actions[0]
+
+    def prepare(self, observation):
+        """Return (stored images, state, instruction) of one observation for `answer`. Raise as the call itself."""
+        self._check_names(observation)
+        images = [self.stored(name, observation["images"][name]) for name in self.cameras]
+        return images, self._read_state(observation), observation["instruction"]
+
+    def answer(self, prepared, gripper="data"):
+        """Return actions f32 [B, H, A] for a list of what `prepare` returned."""
         if gripper not in GRIPPERS:
             raise ValueError(f"gripper is {gripper!r}; choose {' or '.join(GRIPPERS)}")
-        several = isinstance(observation, (list, tuple))
-        observations = observation if several else [observation]
-        if not observations:
+        if not prepared:
             raise ValueError("there is no observation in the list")
-        for each in observations:
-            self._check_names(each)
-        images = [np.stack([self.stored(name, each["images"][name]) for each in observations]) for name in self.cameras]
-        state = self._read_states(observations)
-        actions = self.predict(images, [each["instruction"] for each in observations], state)
-        if gripper == "robosuite":
-            actions = to_robosuite(actions, self.spec.grippers)
-        else:
-            actions = unstandardise(actions, self.spec.grippers)
-        return actions if several else actions[0]
+        images, states, instructions = zip(*prepared)
+        actions = self.predict([np.stack(camera) for camera in zip(*images)], list(instructions), np.stack(states))
+        convert = to_robosuite if gripper == "robosuite" else unstandardise
+        return convert(actions, self.spec.grippers)
 
     def _check_names(self, observation):
         """Raise ValueError unless an observation has everything under its name."""
@@ -270,22 +279,19 @@ class Policy:
             height = width = min(height, width)
         return store_image(image, (height, width), **options)
 
-    def _read_states(self, observations):
-        """Return the states f64 [B, N]; [B, 0] of a model without. Raise ValueError for wrong sizes and NaN."""
+    def _read_state(self, observation):
+        """Return the state f64 [N]; [0] of a model without. Raise ValueError for a wrong size and for NaN."""
         if not self.state:
-            return np.zeros((len(observations), 0))
-        states = []
-        for observation in observations:
-            state = np.asarray(observation["state"])
-            size = len(self.state.low)
-            if state.shape != (size,) or state.dtype.kind not in "fiu":
-                raise ValueError(f"the state is {state.dtype} {state.shape}; it must be {size} numbers, ({size},)")
-            if not np.isfinite(state).all():
-                wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
-                raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
-            self._warn_of_range(state)
-            states.append(state)
-        return np.stack(states).astype(np.float64)
+            return np.zeros(0)
+        state = np.asarray(observation["state"])
+        size = len(self.state.low)
+        if state.shape != (size,) or state.dtype.kind not in "fiu":
+            raise ValueError(f"the state is {state.dtype} {state.shape}; it must be {size} numbers, ({size},)")
+        if not np.isfinite(state).all():
+            wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
+            raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
+        self._warn_of_range(state)
+        return state.astype(np.float64)
 
     def _warn_of_range(self, state):
         """Warn, once for each dimension, of a state [N] that is far from all of training."""
@@ -307,7 +313,7 @@ class Policy:
             warnings.warn(
                 f"state[{number}] is {state[number]:.4g}, but in training it was {low[number]:.4g} to "
                 f"{high[number]:.4g}, so the policy was never trained for this{advice}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -318,7 +324,7 @@ class Policy:
 
         images: C arrays u8 [B, h, w, 3] as stored in training, in the order of `cameras`; state: [B, N].
         """
-        self.fit_instructions(instructions)
+        self.reserve_text(max(map(self.text_tokens, instructions)))
         count = len(instructions)
         most = self.batch or MOST
         parts = []

@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Config:
     """trials of each task and control"""
     train: str = ""
     """more options of train.py, as one text"""
+    jobs: int = 1
+    """runs that are trained and evaluated side by side, each on its share of the cores"""
     print_only: bool = False
     """print the table of what is there"""
 
@@ -60,13 +63,19 @@ def run_folder(config, variant, seed):
     return config.out / f"{variant}-{seed}"
 
 
+def cores(config):
+    """Return the number of cores of one run."""
+    return max(1, len(os.sched_getaffinity(0)) // config.jobs)
+
+
 def train(config, variant, seed):
-    """Train one run on all cores, or go on with it; nothing if it is finished."""
+    """Train one run on its cores, or go on with it; nothing if it is finished."""
     folder = run_folder(config, variant, seed)
     if (folder / "finished").exists():
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "auto"]
-    options = ["--variant", variant, "--seed", str(seed), "--out", str(folder), "--resume", *shlex.split(config.train)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cores(config))]
+    options = ["--num-workers", "0"] if config.jobs > 1 else []
+    options += ["--variant", variant, "--seed", str(seed), "--out", str(folder), "--resume", *shlex.split(config.train)]
     subprocess.run([*torchrun, "train.py", *options], cwd=ROOT, check=True)
     (folder / "finished").touch()
 
@@ -77,13 +86,23 @@ def result_file(folder, flags, trials):
     return folder / f"table-{name}-{trials}.jsonl"
 
 
-def evaluate(folder, flags, trials):
-    """Play the trials of a run that are not in its result file."""
+def evaluate(config, folder, flags, trials):
+    """Play the trials of a run that are not in its result file, on its cores."""
     out = result_file(folder, flags, trials)
     if out.with_suffix(".json").exists():
         return
     command = [sys.executable, "eval.py", str(folder), "--trials", str(trials), "--out", str(out), *flags]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run([*command, "--envs", str(cores(config))], cwd=ROOT, check=True)
+
+
+def make_run(config, variant, seed):
+    """Train a run, evaluate it, and play the controls if its seed is one of theirs."""
+    train(config, variant, seed)
+    folder = run_folder(config, variant, seed)
+    evaluate(config, folder, (), config.trials)
+    if seed in config.control_seeds:
+        for flags in CONTROLS.values():
+            evaluate(config, folder, flags, config.control_trials)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,13 +174,10 @@ def main(config):
     """Do what is missing and write the table; return the number of cells that are missing."""
     config.out = config.out.resolve()
     if not config.print_only:
-        for seed in config.seeds:
-            for variant in config.variants:
-                train(config, variant, seed)
-                evaluate(run_folder(config, variant, seed), (), config.trials)
-                if seed in config.control_seeds:
-                    for flags in CONTROLS.values():
-                        evaluate(run_folder(config, variant, seed), flags, config.control_trials)
+        todo = [(variant, seed) for seed in config.seeds for variant in config.variants]
+        with ThreadPoolExecutor(config.jobs) as pool:
+            for done in [pool.submit(make_run, config, *run) for run in todo]:
+                done.result()
     table, missing = format_table(config)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "table.md").write_text(table)
