@@ -29,6 +29,7 @@ from normalise import statistics_hash
 from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
+from transfer import start_from
 
 
 @dataclass
@@ -67,6 +68,7 @@ def prepare(config, ranks, free_to_change):
     vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
     for each in datasets:
         vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
+    taken = start_from(vla, config.init_from) if config.init_from else ""
     description = {
         "train": to_json(config),
         "model": asdict(vla.config),
@@ -79,6 +81,8 @@ def prepare(config, ranks, free_to_change):
     }
     run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change)
+    if taken and not resuming:
+        print0(taken)
     if ranks.main:
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None

@@ -81,6 +81,8 @@ class Config:
     """folder of the run (default: runs/<variant>-<time>)"""
     resume: bool = False
     """continue the run in --out from its last save; without one, start it (again). Also when torchrun restarts us"""
+    init_from: str = ""
+    """start from the weights of this run, where they fit"""
     cache: Path = CACHE
     """where indices and labels are kept"""
     labels: tuple[Path, ...] = ()

@@ -1,0 +1,53 @@
+"""Start a policy from another run's weights: latent actions on video first, then actions, is two commands.
+
+python train.py --variant la_direct --data-fraction 0 --rest video --max-steps 3000 --out runs/video
+python train.py --variant la_direct --episodes 5 --max-steps 2000 --init-from runs/video
+"""
+
+from pathlib import Path
+
+import torch
+
+from checkpoint import trainable_tensors
+from files import load_tensors, read_json
+from lora import base_hash
+
+PARTS = {"backbone": "backbone", "queries": "placeholders", "head": "head", "latent_head": "latent head"}
+
+
+@torch.no_grad()
+def start_from(vla, run):
+    """Overwrite what is trained in `vla` by the run's weights of the same names and shapes; return what was taken.
+
+    The backbone must fit as a whole; placeholders, action head and latent head are taken tensor by tensor. Layers that
+    belong to an embodiment are left alone where the two runs have other embodiments. Return a text that says, for each
+    part, how many tensors were taken, and names those that were not. Raise FileNotFoundError or ValueError when `run`
+    is no trained run, or one of another backbone.
+    """
+    run = Path(run)
+    if not (run / "model.safetensors").exists():
+        raise FileNotFoundError(f"init_from: {run} has no model.safetensors, so it is not a run that train.py saved")
+    tensors, _ = load_tensors(run / "model.safetensors")
+    content = read_json(run / "config.json")
+    if content.get("base_hash") != base_hash(vla):
+        raise ValueError(f"init_from: {run} was trained on another backbone than {vla.config.backbone}")
+    same_robots = [list(e) for e in content["model"].get("embodiments", [])] == [
+        list(e) for e in vla.config.embodiments
+    ]
+    taken = {part: [0, 0] for part in PARTS}  # part -> tensors taken, tensors
+    left = []
+    for name, own in trainable_tensors(vla).items():
+        part = name.split(".")[0]
+        taken[part][1] += 1
+        other = tensors.get(name)
+        if other is None or other.shape != own.shape or (".layers." in name and part == "head" and not same_robots):
+            left.append(f"{name} {list(own.shape)} (there: {list(other.shape) if other is not None else 'none'})")
+            continue
+        own.copy_(other)
+        taken[part][0] += 1
+    if taken["backbone"][0] < taken["backbone"][1]:
+        unfit = [entry for entry in left if entry.startswith("backbone")]
+        raise ValueError(f"init_from: the backbone of {run} does not fit: {', '.join(unfit[:3])}")
+    counts = ", ".join(f"{PARTS[part]} {some} of {of}" for part, (some, of) in taken.items() if of)
+    rest = f"; left as they were: {', '.join(left)}" if left else ""
+    return f"weights of {run}: {counts} tensors{rest}"
