@@ -43,7 +43,7 @@ from common import (
     Meter,
     all_mean,
     all_sum,
-    catch_sigterm,
+    catch_signals,
     distribute,
     init_distributed,
     learning_rate,
@@ -494,7 +494,7 @@ def train(config, ranks):
     if ranks.main:
         write_json(config.out / "dataset_statistics.json", stats)
     if not run_training(model.to(ranks.device), samples["training"], config, ranks, resuming):
-        print0(f"SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
+        print0(f"Ctrl-C or SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
         return
     report(config, kind, model, samples, ranks.device)
 
@@ -547,7 +547,7 @@ def next_command(config, kind):
 def run_training(model, samples, config, ranks, resuming=False):
     """Train `model` for config.max_steps updates, log each, save every config.save_every and at the end.
 
-    Returns True at the end, False when SIGTERM ended the training early, after a save. Raises FloatingPointError when
+    Returns True at the end, False when a signal ended the training early, after a save. Raises FloatingPointError when
     loss or gradient is no longer finite.
     """
     net = distribute(model, ranks)
@@ -556,7 +556,7 @@ def run_training(model, samples, config, ranks, resuming=False):
     save = functools.partial(save_training, config.out, model, optimizer)
     log = Log(config.out, ranks.main, first, config.wandb_project, to_json(config))
     meter = Meter()
-    sigterm = catch_sigterm()
+    signals = catch_signals()
     interrupted = False
     batches = DataLoader(
         samples,
@@ -578,9 +578,9 @@ def run_training(model, samples, config, ranks, resuming=False):
         result["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        result["sigterm"] = torch.tensor(float(sigterm.is_set()), device=ranks.device)
+        result["stop"] = torch.tensor(float(signals.is_set()), device=ranks.device)
         entry = summarise([result], model.num_codes)
-        interrupted = entry.pop("sigterm") > 0  # on any process
+        interrupted = entry.pop("stop") > 0  # on any process
         entry |= {"lr": lr, "samples_per_s": meter.tick(config.global_batch_size)}
         log.write(step=step, **entry)
         check_finite(entry, step, samples, config.global_batch_size)
