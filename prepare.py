@@ -18,11 +18,11 @@ from torch import nn
 
 from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
-from checkpoint import prepare_run
+from checkpoint import is_restarted, prepare_run
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import git_commit, to_json, write_json
+from files import check_new_folder, git_commit, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -54,6 +54,9 @@ def prepare(config, ranks, free_to_change):
 
     config: of train.py, checked; free_to_change: the settings that a resumed run may change.
     """
+    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if ranks.main and not (config.resume or is_restarted()):
+        check_new_folder(run)
     datasets = open_datasets(config.data, config.cache, config.spec)
     check_embodiments(datasets)
     for dataset in datasets:
@@ -85,7 +88,6 @@ def prepare(config, ranks, free_to_change):
         "commit": git_commit(),
         "torch": torch.__version__,
     }
-    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change)
     if taken and not resuming:
         print0(taken)

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from batches import ShuffledSteps, Source, StepBatchSampler, action_chunk, chunk_steps, pad
-from checkpoint import load_tensors_into, prepare_run, restore_training, save_training
+from checkpoint import is_restarted, load_tensors_into, prepare_run, restore_training, save_training
 from common import (
     Log,
     Meter,
@@ -56,7 +56,7 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import git_commit, to_json, write_json
+from files import check_new_folder, git_commit, to_json, write_json
 from index import CACHE, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
@@ -477,6 +477,8 @@ def train(config, ranks):
     Raises ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
     """
     check(config, ranks.world)
+    if ranks.main and not (config.resume or is_restarted()):
+        check_new_folder(config.out)
     datasets = open_datasets(config.data, config.cache, config.spec)
     check_embodiments(datasets)
     config = replace(config, chunk=choose_chunk(config.chunk, datasets))
