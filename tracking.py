@@ -52,6 +52,7 @@ def start_wandb(folder, project, config):
             return wandb.init(**options)
         except Exception as error:  # no login, no network, a project that is no name
             warn(f"wandb did not start ({error}); the run is recorded offline, in wandb/: upload it with `wandb sync`")
+            wandb.teardown()  # or the id would be in use
             return wandb.init(**options, mode="offline")
     except Exception as error:
         warn(f"the run is not logged to wandb: {error}")

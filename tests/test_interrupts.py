@@ -103,6 +103,7 @@ def wandb(monkeypatch):
         return fake.run
 
     fake.init = init
+    fake.teardown = lambda: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
@@ -160,12 +161,19 @@ def test_id_of_a_sweep_is_used(wandb, tmp_path, monkeypatch):
     assert wandb.calls[0]["id"] == "swept"
 
 
-def test_no_login_is_no_lost_start(run, script, tmp_path, monkeypatch):
-    """The real wandb, without a login and without a terminal to ask on: the run trains and ends well."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+@pytest.mark.parametrize("key", ("", "a" * 40))
+def test_no_login_and_no_network_are_no_lost_start(key, run, script, tmp_path, monkeypatch):
+    """The real wandb, without a login and a terminal to ask on, or without its server: the run trains and ends well."""
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    settings = {
+        "HOME": tmp_path,
+        "WANDB_DIR": tmp_path,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_INIT_TIMEOUT": 2,
+    }
+    for name, value in (settings | ({"WANDB_API_KEY": key} if key else {})).items():
+        monkeypatch.setenv(name, str(value))
     flags = [*run.flags, "--out", tmp_path / "run", "--max-steps", 2, "--wandb-project", "p"]
     done = script(*flags)
     assert done.code == 0 and "WARNING: wandb did not start" in done.text, done.text
