@@ -93,17 +93,23 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A wandb whose `init` notes its arguments in `calls`, fails as often as `failures` says, and returns `run`."""
-    fake = SimpleNamespace(calls=[], failures=0, run=FakeRun(0))
+    """A wandb whose `init` notes its arguments in `calls`, fails as often as `failures` says, and returns `run`.
+
+    As in the real one, an id whose start failed is in use until the teardown.
+    """
+    fake = SimpleNamespace(calls=[], failures=0, used=set(), run=FakeRun(0))
+    fake.teardown = fake.used.clear
 
     def init(**options):
         fake.calls.append(options)
+        if options["id"] in fake.used:
+            raise RuntimeError("run ID is in use")
         if len(fake.calls) <= fake.failures:
+            fake.used.add(options["id"])
             raise RuntimeError("no network")
         return fake.run
 
     fake.init = init
-    fake.teardown = lambda: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
