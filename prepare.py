@@ -18,11 +18,11 @@ from torch import nn
 
 from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
-from checkpoint import is_restarted, prepare_run
+from checkpoint import is_restarted, prepare_run, training_saves
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, to_json, write_json
+from files import check_new_folder, git_commit, read_json, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -32,6 +32,8 @@ from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
 from transfer import start_from
+
+LENGTH = {"max_steps", "epochs"}  # settings that a resumed run may change where `check_length` allows it
 
 
 @dataclass
@@ -70,9 +72,7 @@ def prepare(config, ranks, free_to_change):
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
     held_out = held_out_steps(dataset, [held for _, held in splits])
-    steps = config.max_steps
-    if config.epochs > 0:
-        steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
+    steps = count_steps(to_json(config), dataset)
     torch.manual_seed(config.seed)
     vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
     for each in datasets:
@@ -88,10 +88,15 @@ def prepare(config, ranks, free_to_change):
         "commit": git_commit(),
         "torch": torch.__version__,
     }
-    resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change)
+    before = settings_to_resume(run, config.resume, "train")
+    if before:
+        check_length(run, count_steps(before, dataset), steps, config.lr_scheduler, config.warmup_ratio)
+    resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change | LENGTH)
     if taken and not resuming:
         print0(taken)
     if ranks.main:
+        if before:
+            update_length(run, config)
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
     ema = config.ema if config.ema >= 0 else 0.998 * (config.backbone in SIZES)
@@ -173,6 +178,60 @@ def next_command(run, description):
     if any(entry["embodiment"] == "libero" for entry in description["data"]):
         return f"python eval.py {shlex.quote(str(run))}"
     return f"use it from Python: Policy({json.dumps(str(run))}), see docs/training.md"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The length of a run
+
+
+def count_steps(settings, dataset):
+    """Return the updates of a run with these settings of train.py, {name: value}, on `ActionChunks`."""
+    if settings.get("epochs", 0) > 0:
+        return math.ceil(settings["epochs"] * dataset.epoch_length / settings["global_batch_size"])
+    return settings["max_steps"]
+
+
+def settings_to_resume(run, resume, key):
+    """Return the settings, under `key` of config.json, of the run that is to be resumed; None where none is.
+
+    resume: as the command line says.
+    """
+    if (resume or is_restarted()) and training_saves(run):
+        return read_json(run / "config.json").get(key)
+    return None
+
+
+def check_length(run, before, steps, scheduler, warmup_ratio=0.0):
+    """Raise ValueError unless a run of `before` updates may be resumed as one of `steps`, with the same learning rates.
+
+    scheduler, warmup_ratio: as of train.py.
+    """
+    done = next(iter(training_saves(run)))
+    if steps == before:
+        return
+    if scheduler == "cosine":
+        raise ValueError(
+            f"{run} is a run of {before} updates, now {steps}: the cosine schedule spreads over all of them, so its "
+            f"learning rates would have been others. Resume it with the length it had, or start from its weights in a "
+            "new run; the constant and the step schedule can be prolonged"
+        )
+    if steps < done:
+        raise ValueError(f"{run} has {done} updates already, and {steps} are asked for; ask for more, or for {done}")
+    warmup = round(warmup_ratio * max(before, steps))
+    if warmup > done:
+        raise ValueError(
+            f"{run} has {done} updates, and --warmup-ratio {warmup_ratio} of {max(before, steps)} is a warm-up of "
+            f"{warmup}: with {steps} instead of {before} its learning rates would have been others"
+        )
+
+
+def update_length(run, config):
+    """Let config.json of a resumed run say how long it is now."""
+    content = read_json(run / "config.json")
+    length = {name: getattr(config, name) for name in LENGTH}
+    if content["train"] != content["train"] | length:
+        content["train"] |= length
+        write_json(run / "config.json", content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

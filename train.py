@@ -155,7 +155,7 @@ class Config:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     max_steps: int = 4750
-    """optimizer updates"""
+    """optimizer updates; a resumed run of the constant or the step schedule may get more"""
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""
     image_aug: bool = True

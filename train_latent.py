@@ -71,6 +71,7 @@ from latent import (
     source_fingerprint,
     text_states,
 )
+from prepare import check_length, settings_to_resume
 from quantiser import code_counts, code_usage, kmeans
 from targets import action_sizes
 from univla import UNIVLA_SETTINGS, univla_tensors
@@ -492,6 +493,8 @@ def train(config, ranks):
     if held_out:
         samples["held-out"] = make_samples(held_out)
     description = describe_run(config, kind, model, datasets)
+    if before := settings_to_resume(config.out, config.resume, "training"):
+        check_length(config.out, before["max_steps"], config.max_steps, "cosine")
     resuming = prepare_run(config.out, config.resume, ranks.main, description, "training", FREE_TO_CHANGE)
     if ranks.main:
         write_json(config.out / "dataset_statistics.json", stats)
