@@ -9,8 +9,9 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from files import check_new_folder, git_commit, read_json, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
-from model import VARIANTS, VLA, ModelConfig
+from model import VARIANTS, VLA, ModelConfig, check_model_config
 from normalise import statistics_hash
 from pretrained import text_tokenizer
 from targets import load_targets
@@ -107,10 +108,28 @@ def prepare(config, ranks, free_to_change):
 # The command line
 
 
+AT_LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)
+AT_LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha".split(), 1)
+AT_LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length".split(), 0)
+AT_LEAST |= dict.fromkeys("per_device_batch_size head_width align_layer weight_decay max_grad_norm".split(), 0)
+
+
 def check_config(config, world):
     """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
+    for name, low in AT_LEAST.items():
+        if not getattr(config, name) >= low:  # nor not a number
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    if not config.learning_rate > 0:
+        raise ValueError(f"learning_rate is {config.learning_rate}; it must be positive")
+    for name in ("data_fraction", "warmup_ratio"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be from 0 to 1")
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
+    if not config.ema < 1:
+        raise ValueError(f"ema is {config.ema}; it must be below 1: the average would never move")
     shares = config.global_batch_size / world
-    if shares != int(shares) or shares < 1:
+    if shares != int(shares):
         most = max(number for number in range(1, world) if config.global_batch_size % number == 0)
         raise ValueError(
             f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes. "
@@ -121,47 +140,56 @@ def check_config(config, world):
             f"per_device_batch_size is {config.per_device_batch_size}; "
             f"it must divide the {int(shares)} samples of each process"
         )
-    positive = "max_steps save_every val_every placeholders_per_step lr_decay_every keep max_skipped timeout"
-    for name in positive.split():
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if ignored := ignored_options(config):
-        option, reason = ignored
-        raise ValueError(f"{option} has no effect with {reason}; leave it out")
     for name in ("data_weights", "labels", "spec"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
-    for name in ("chunk", "episodes", "rest_weight"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
-    for name in ("data_fraction", "warmup_ratio"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be from 0 to 1")
-    if min(config.data_weights, default=0) < 0:
+    if not min(config.data_weights, default=0) >= 0:
         raise ValueError(f"data_weights are {config.data_weights}; none may be negative")
     if len(set(config.cameras)) < len(config.cameras):
         raise ValueError(f"cameras are {', '.join(config.cameras)}; name each once")
     if config.episodes and config.data_fraction < 1:
         raise ValueError(f"both episodes ({config.episodes}) and data_fraction ({config.data_fraction}) are given")
-    if not 0 <= config.val_fraction < 1:
-        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
     if config.resume and not config.out:
         raise ValueError("resume is set but out is not: say which run to continue with --out")
     if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
+    refuse_ignored(config, ignored_options(config))
+    check_model_config(SimpleNamespace(**vars(config), action_loss=config.loss))
+
+
+def refuse_ignored(config, ignored):
+    """Raise ValueError for an option that was given, but that nothing reads.
+
+    ignored: (options, whether nothing reads them, with which setting that is so). An option that has its default counts
+    as not given.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for options, is_ignored, reason in ignored:
+        for option in options.split():
+            if is_ignored and getattr(config, option) != defaults[option]:
+                flag = f"{'no-' * (defaults[option] is True)}{option.replace('_', '-')}"
+                raise ValueError(f"--{flag} has no effect with {reason}; leave it out")
 
 
 def ignored_options(config):
-    """Return (an option that was given but changes nothing, with what it changes nothing), or None."""
+    """Return what `refuse_ignored` takes. Labels and tokenizer may be given to all variants, to compare them."""
     variant = VARIANTS[config.variant]
     name = f"--variant {config.variant}"
-    cases = [
-        ("--latent-weight", config.latent_weight >= 0 and not variant.loss, name),
-        ("--align-layer", config.align_layer and (variant.latents or not variant.loss), name),
-        ("--rest-weight", config.rest_weight != 1 and config.rest != "video", f"--rest {config.rest}"),
-        ("--lr-decay-every", config.lr_decay_every != 10_000 and config.lr_scheduler != "step", "this --lr-scheduler"),
+    from_images = variant.target == "image"
+    reads_vectors = from_images and (variant.loss != "codes" or config.continuous)
+    return [
+        ("latent_weight", not variant.loss, name),
+        ("align_layer", variant.latents or not variant.loss, name),
+        ("delta", not from_images, name),
+        ("align_target", not reads_vectors, f"{name} without --continuous" if from_images else name),
+        ("rest", not config.episodes and config.data_fraction == 1, "--data-fraction 1: all episodes keep actions"),
+        ("rest_weight", config.rest != "video", f"--rest {config.rest}"),
+        ("lr_decay_every", config.lr_scheduler != "step", f"--lr-scheduler {config.lr_scheduler}"),
+        ("use_wrist_image", bool(config.cameras), "--cameras"),
+        ("val_every", not config.val_fraction, "--val-fraction 0"),
+        ("lora_rank lora_alpha", config.backbone in SIZES, f"--backbone {config.backbone}, which has no LoRA"),
+        ("lora_rank lora_alpha", config.tuning in ("full", "frozen"), f"--tuning {config.tuning}, which has no LoRA"),
     ]
-    return next(((option, reason) for option, given, reason in cases if given), None)
 
 
 def closing_message(setup, done):
