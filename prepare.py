@@ -354,7 +354,7 @@ def describe_data(dataset, cameras, sides):
         entry["tasks"] = sorted(set(metadata["task"]))
         entry["widen"] = round(metadata["widen"][0], 6)
         entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
-    note = dataset.directory.parent / "expert.json"
+    note = dataset.find_beside("expert.json")
     if note.exists():
         entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
     return entry
