@@ -4,6 +4,7 @@ import contextlib
 import json
 import mmap
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -94,6 +95,22 @@ def check_new_folder(path):
         raise FileExistsError(
             f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
         )
+
+
+def shell_command(*words, **options):
+    """Return a command line as a shell takes it: words, then each option as --name and its value, or several values.
+
+    True is a flag alone, False one with --no-; an option that is empty or None is left out.
+    """
+    words = list(map(str, words))
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in ("", None, (), []):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{flag}", *map(str, values)]
+    return shlex.join(words)
 
 
 def git_commit():

@@ -23,7 +23,7 @@ from checkpoint import is_restarted, prepare_run, training_saves
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, read_json, to_json, write_json
+from files import check_new_folder, git_commit, read_json, shell_command, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -194,9 +194,8 @@ def ignored_options(config):
 
 def closing_message(setup, done):
     """Return what to print after `done` updates: how to continue, or, after the last, what to do with the run."""
-    run = shlex.quote(str(setup.run))
     if done < setup.steps:
-        again = f"the same command with --out {run} --resume"
+        again = f"the same command with --out {shlex.quote(str(setup.run))} --resume"
         return f"Ctrl-C or SIGTERM: saved after {done} of {setup.steps} steps. Continue: {again}"
     return f"run: {setup.run}\nnext: {next_command(setup.run, setup.description)}"
 
@@ -204,7 +203,7 @@ def closing_message(setup, done):
 def next_command(run, description):
     """Return what to do with a trained run: evaluate it, if a simulator has its robot."""
     if any(entry["embodiment"] == "libero" for entry in description["data"]):
-        return f"python eval.py {shlex.quote(str(run))}"
+        return shell_command("python", "eval.py", run)
     return f"use it from Python: Policy({json.dumps(str(run))}), see docs/training.md"
 
 
