@@ -60,6 +60,8 @@ def prepare(config, ranks, free_to_change):
     cameras = [choose_cameras(config, dataset) for dataset in datasets]
     chunk = choose_chunk(config.chunk, datasets)
     splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
+    if config.instructions:
+        splits = choose_instructions(config.instructions, datasets, splits)
     sources = make_sources(config, datasets, [training for training, _ in splits])
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
@@ -73,7 +75,10 @@ def prepare(config, ranks, free_to_change):
         "train": to_json(config),
         "model": asdict(vla.config),
         "base_hash": base_hash(vla),
-        "data": [describe_data(each, names, dataset.image_sides) for each, names in zip(datasets, cameras)],
+        "data": [
+            describe_data(each, names, dataset.image_sides, config.instructions)
+            for each, names in zip(datasets, cameras)
+        ],
         "targets": [{"fingerprint": part.fingerprint, "delta": part.delta} for part in labels or []],
         "command": sys.argv,
         "commit": git_commit(),
@@ -179,6 +184,17 @@ def choose_cameras(config, dataset):
     return names
 
 
+def choose_instructions(texts, datasets, splits):
+    """Return the splits with only the episodes of these instructions. Raises ValueError for one that there is not."""
+    known = sorted({text for dataset in datasets for text in dataset.instructions()})
+    if unknown := [text for text in texts if text not in known]:
+        raise ValueError(f"instructions: no episode is told {unknown}; there are {known}")
+    return [
+        tuple(part[[dataset.instruction(dataset.starts[e]) in texts for e in part]] for part in split)
+        for dataset, split in zip(datasets, splits)
+    ]
+
+
 def make_sources(config, datasets, episodes):
     """Return the `Source`s of a run: of each data set the episodes with actions, and those that are video.
 
@@ -232,22 +248,26 @@ def held_out_steps(dataset, episodes):
     return found
 
 
-def describe_data(dataset, cameras, sides):
-    """Return what evaluation must know of a data set: description, statistics, how images are stored, its starts."""
+def describe_data(dataset, cameras, sides, instructions=()):
+    """Return what evaluation must know of a data set: description, statistics, how images are stored, its starts.
+
+    instructions: those that are trained, if not all.
+    """
     entry = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "embodiment": dataset.spec.embodiment,
         "spec": to_dict(dataset.spec),
         "statistics": statistics_hash(dataset.stats),
-        "instructions": dataset.instructions(),
+        "instructions": [text for text in dataset.instructions() if text in instructions or not instructions],
         "cameras": {camera: dataset.storage_options(camera) for camera in cameras},
         "image_sides": sides[: len(cameras)],  # to which images are resized before the model; 0: not at all
     }
     metadata = dataset.metadata
     if "suite" in metadata:  # made by demos.py
         entry["suite"] = metadata["suite"][0]
-        entry["tasks"] = sorted(set(metadata["task"]))
+        told = zip(metadata["task"], dataset.starts)  # of each episode, the task and its first step
+        entry["tasks"] = sorted({task for task, step in told if dataset.instruction(step) in entry["instructions"]})
         entry["widen"] = round(metadata["widen"][0], 6)
         entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
     note = dataset.directory.parent / "expert.json"

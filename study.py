@@ -4,7 +4,7 @@
     python study.py fewshot --out runs/fewshot --dry-run  # the cells, what they cost, and their plain commands
     python study.py fewshot --out runs/fewshot --shard 1/8            # every eighth cell, as in a SLURM array
     python study.py fewshot --out runs/fewshot --jobs 4               # four cells side by side
-    python study.py fewshot --out runs/fewshot --train "--backbone Qwen/Qwen3-VL-2B-Instruct --data libero_goal"
+    python study.py fewshot --out runs/fewshot --data libero_goal --train "--backbone Qwen/Qwen3-VL-2B-Instruct"
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
 a training seed. Its commands are those of train.py and eval.py, and it lies in a folder of its own, so any scheduler
@@ -24,6 +24,7 @@ from typing import Literal
 
 import tyro
 
+from data import open_dataset
 from report import write_report
 
 ROOT = Path(__file__).resolve().parent
@@ -39,6 +40,8 @@ class Config:
     """the question: see `PRESETS`"""
     out: Path
     """folder of the cells and of the report"""
+    data: tuple[Path, ...] = (Path("data/libero_tiny"),)
+    """data sets of all cells"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """training seeds"""
     steps: int = 0
@@ -77,7 +80,7 @@ class Cell:
     @property
     def name(self):
         """The name of its folder."""
-        return "-".join([*map(str, self.group.values()), f"seed{self.seed}"]).replace(" ", "_").replace("/", "of")
+        return "-".join([*map(str, self.group.values()), f"seed{self.seed}"]).replace(" ", "_")
 
 
 @dataclass
@@ -149,8 +152,20 @@ def ablation_cells(config, steps):
     ]
 
 
-def task_cells(config, steps):
-    """Return cells that train all tasks of the data together, which `--train "--data ..."` names."""
+def joint_cells(config, steps):
+    """Return cells that train all instructions of the data together, and each alone with its share of the updates."""
+    texts = sorted({text for path in config.data for text in open_dataset(path).instructions()})
+    cells = []
+    for variant in variants_of(config, ("baseline", *LATENT)):
+        cells.append(({"variant": variant, "trained": "together"}, [["--variant", variant, "--max-steps", steps]]))
+        for text in texts:
+            alone = ["--variant", variant, "--max-steps", steps // len(texts), "--instructions", text]
+            cells.append(({"variant": variant, "trained": f"{text} alone"}, [alone]))
+    return cells
+
+
+def long_cells(config, steps):
+    """Return cells that train on the data as it is: `--data` names demonstrations of long tasks (docs/study.md)."""
     return [
         ({"variant": variant}, [["--variant", variant, "--max-steps", steps]])
         for variant in variants_of(config, ("baseline", *LATENT))
@@ -179,13 +194,14 @@ PRESETS = {
         "Which parts of a variant matter?", 4750, 20, ablation_cells, "", "variant", {"change": "as is"}
     ),
     "joint": Preset(
-        "Do several tasks together lose, and which variant does not?",
-        9500,
+        "Does a task lose by being trained with others, and with which variant not?",
+        4750,
         20,
-        task_cells,
-        baseline={"variant": "baseline"},
+        joint_cells,
+        panels="variant",
+        baseline={"trained": "together"},
     ),
-    "long": Preset("Do latent actions help in long tasks?", 9500, 20, task_cells, baseline={"variant": "baseline"}),
+    "long": Preset("Do latent actions help in long tasks?", 9500, 20, long_cells, baseline={"variant": "baseline"}),
     "smoke": Preset("Does study.py work?", 2, 1, smoke_cells, "labelled", baseline={"variant": "baseline"}),
 }
 
@@ -224,7 +240,8 @@ def commands(config, cell):
     made = []
     for number, (stage, run) in enumerate(zip(cell.stages, runs)):
         before = ["--init-from", runs[number - 1]] if number else []
-        made.append([*launch, "train.py", *stage, *shlex.split(config.train), "--out", run, "--resume", *before])
+        data = ["--data", *map(str, config.data)]
+        made.append([*launch, "train.py", *stage, *data, *shlex.split(config.train), "--out", run, "--resume", *before])
     played = ["--trials", str(trials), "--out", str(folder / "eval.jsonl")]
     return [*made, [sys.executable, "eval.py", runs[-1], *shlex.split(config.evaluate), *played]]
 

@@ -69,6 +69,8 @@ class Config:
     """description of each data set: a JSON file or a preset's name (default: spec.json beside it, or what fits)"""
     data_weights: tuple[float, ...] = ()
     """how often each data set's samples occur in an epoch (default: once)"""
+    instructions: tuple[str, ...] = ()
+    """train only on the episodes with these instructions (default: all)"""
     data_fraction: float = 1.0
     """share of each instruction's training episodes that keep their actions, at least one unless 0"""
     episodes: int = 0

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from eval_helpers import record, write
 
+import prepare
 import report
 import study
+from common import Ranks
 
 
 def config(out, preset="smoke", **changes):
@@ -109,6 +112,25 @@ def test_video_first_is_two_commands(tmp_path):
     assert second[second.index("--init-from") + 1] == first[first.index("--out") + 1]
     assert second[second.index("--episodes") + 1] == "5" and played[2] == second[second.index("--out") + 1]
     assert {words[words.index("--seed") + 1] for words in (first, second)} == {"3"}
+
+
+def test_together_and_alone(rlds, train_config, tmp_path):
+    """Each instruction of the data gets a cell of its own; such a run trains on its episodes alone and is evaluated on
+    its task alone. An instruction that no episode has is refused."""
+    cells = study.make_cells(config(tmp_path, "joint", data=(rlds,), variants=("baseline",), seeds=(0,), steps=10))
+    alone = [stage[stage.index("--instructions") + 1] for cell in cells for stage in cell.stages if len(stage) > 6]
+    assert alone == ["put the bowl on the plate", "put the bowl on the stove"] and len(cells) == 3
+    plate = train_config(tmp_path / "run", variant="baseline", instructions=(alone[0],))
+    setup = prepare.prepare(plate, Ranks(0, 1, torch.device("cpu")), ())
+    (dataset,) = setup.dataset.datasets
+    held = [steps for _, steps in setup.held_out]
+    told = {dataset.instruction(dataset.starts[e]) for source in setup.dataset.sources for e in source.episodes}
+    told |= {dataset.instruction(steps[k]) for steps in held for k in range(len(steps))}
+    assert told == {alone[0]}
+    entry = setup.description["data"][0]
+    assert entry["tasks"] == [8] and entry["instructions"] == [alone[0]]
+    with pytest.raises(ValueError, match="no episode is told .'fly'.; there are .'put the bowl on the plate'"):
+        prepare.prepare(train_config(tmp_path / "x", instructions=("fly",)), Ranks(0, 1, torch.device("cpu")), ())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
