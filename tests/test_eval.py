@@ -501,8 +501,8 @@ def test_success_in_a_new_simulator_is_its_own_check(toy, cameras):
 
 
 def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatch):
-    """With --execute 3 the policy gets an observation at every third step, by default at every eighth. The setting is in
-    the name of the result file and in each trial; a default one looks as before."""
+    """With --execute 3 the policy gets an observation at every third step, by default at every eighth. It stands in the
+    name of the result file and in each trial."""
     config = evaluation.Config(run=str(run.folder), simulator="toy", suite=("line",), task_ids=(0,), trials=2, envs=1)
     asked = []
 
@@ -522,9 +522,7 @@ def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatc
         trials = results.read_trials(run.folder / name)
         assert len(asked) == sum(math.ceil(trial["steps"] / every) for trial in trials) and len(trials) == 2
         for trial in trials:
-            assert {
-                key: trial["settings"].get(key) for key in evaluation.EXECUTION if key in trial["settings"]
-            } == flags
+            assert {key: value for key, value in trial["settings"].items() if key in evaluation.EXECUTION} == flags
         (run.folder / name).unlink()
     for flags, message in (
         ({"execute": 9}, "execute is 9; the policy predicts 8 actions at once, so it may be 1 to 8"),
@@ -537,7 +535,7 @@ def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatc
 
 
 def test_averaged_chunks_are_executed(toy):
-    """Constant chunks of 1 and then of -1: at their second observation the older chunk still counts, and more."""
+    """A chunk of 0.5 and then one of -0.5: where both plan a step it is their mean, in which the older counts more."""
     chunks = iter([np.full((8, 7), value, np.float32) for value in (0.5, -0.5)])
     options = dict(execute=2, average=True, max_steps=4, cameras={})
     _, executed = rollout.play(toy.Sim("line", 0), toy_episode(**options), lambda observation: next(chunks))
