@@ -283,9 +283,9 @@ class Policy:
             if not np.isfinite(state).all():
                 wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
                 raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
-            self._warn_of_range(state)
-            states.append(state)
-        return np.stack(states).astype(np.float64)
+            states.append(state.astype(np.float64))
+            self._warn_of_range(states[-1])
+        return np.stack(states)
 
     def _warn_of_range(self, state):
         """Warn, once for each dimension, of a state [N] that is far from all of training."""
