@@ -450,7 +450,7 @@ def evaluate(config, policy):
     with open(Path(config.run) / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     settings = {"model": weights, "data": policy.name, "device": policy.device, "policy_batch": config.policy_batch}
-    settings |= {"text_length": policy.vla.config.text_length}  # more room for text changes actions by rounding
+    settings |= {"text_length": policy.text_length}  # more room for text changes actions by rounding
     settings |= {control: getattr(config, control) for control in CONTROLS}
     settings |= {name: value for name in EXECUTION if (value := getattr(config, name))}
     if config.simulator != Config.simulator:

@@ -165,12 +165,26 @@ def test_replay_of_the_embedded_data(tmp_path):
 
 
 def test_policy_example(trained):
-    """The Python lines give a chunk of physical actions."""
-    (code,) = (text for kind, text in BLOCKS if kind == "python" and "Policy(" in text)
-    pixels = np.zeros((1, 96, 96, 3), np.uint8)
-    names = {"image": pixels, "wrist_image": pixels, "proprio": np.zeros((1, 8), np.float32)}
-    exec(code.replace("runs/NAME", str(trained)), names)
-    assert names["actions"].shape == (1, 8, 7)
+    """The Python lines give a chunk of physical actions; those of the loop execute half of each, then ask again."""
+    example, loop = (text for kind, text in BLOCKS if kind == "python" and "policy" in text)
+    pixels = np.zeros((256, 256, 3), np.uint8)
+    names = {"image": pixels, "wrist_image": pixels, "proprio": np.zeros(8)}
+    exec(example.replace("runs/NAME", str(trained)), names)
+    assert names["actions"].shape == (8, 7)
+    executed = []
+    asked = []
+
+    def observe():
+        asked.append(len(executed))
+        return names["observation"]
+
+    def act(action):
+        executed.append(action)
+        names["done"] = len(executed) == 10
+
+    names |= {"done": False, "observe": observe, "act": act}
+    exec(loop, names)
+    assert asked == [0, 4, 8] and np.array_equal(executed[:4], names["actions"][:4])
 
 
 def test_looking_at_the_embedded_data():

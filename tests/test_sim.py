@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-import rollout
 import sim as simulator
+from images import encode_image
 
 ROOT = Path(__file__).parents[1]
 WIGGLE = np.c_[np.random.default_rng(0).normal(size=(5, 6)) * 0.2, -np.ones(5)]  # [5, 7] actions
@@ -148,12 +148,12 @@ def test_jpeg_holds_the_options_to_write_the_same(sim):
     """Quantisation tables and subsampling, read from a stored image, reproduce it in every byte."""
     sim.start(0)
     frame = sim.observe()["image"]
-    written = rollout.encode_image(frame, 96, quality=85)
+    written = encode_image(frame, 96, quality=85)
     with Image.open(io.BytesIO(written)) as image:
         assert image.size == (96, 96)
         options = {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
-    assert rollout.encode_image(frame, 96, **options) == written
-    assert rollout.encode_image(frame, 96, quality=50) != written
+    assert encode_image(frame, 96, **options) == written
+    assert encode_image(frame, 96, quality=50) != written
 
 
 def test_import_is_light():
