@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common import broadcast_object
-from files import load_tensors, save_tensors, write_json
+from files import check_new_folder, load_tensors, save_tensors, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What training changes
@@ -66,15 +66,9 @@ def load_optimizer(optimizer, tensors):
 # The folder of a run
 
 
-def create_run_folder(path):
-    """Create the folder of a run. Raise FileExistsError when it holds something: no run is ever overwritten."""
-    path = Path(path)
-    if path.exists() and any(path.iterdir()):
-        raise FileExistsError(
-            f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def is_restarted():
+    """Return whether torchrun started this process again, which resumes a run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def prepare_run(run, resume, main, description, key, free):
@@ -86,7 +80,7 @@ def prepare_run(run, resume, main, description, key, free):
     Raise ValueError naming what differs.
     """
     run = Path(run)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = resume or is_restarted()
     if resume and main:
         for unfinished in run.glob("*.tmp"):
             unfinished.unlink()
@@ -98,7 +92,8 @@ def prepare_run(run, resume, main, description, key, free):
         # a run that was killed before its first save may be started again in the same folder
         unfinished = resume and config.exists() and not (run / "model.safetensors").exists()
         if not (unfinished and key in json.loads(config.read_text())):
-            create_run_folder(run)
+            check_new_folder(run)
+            run.mkdir(parents=True, exist_ok=True)
         write_json(config, description)
     return False
 

@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tracking import Tracker
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and devices
 
@@ -161,16 +163,25 @@ def print0(*values, **options):
 # Data workers and signals
 
 
-def catch_sigterm():
-    """Return an event that is set once SIGTERM comes, as from a scheduler that wants its machine back."""
+def catch_signals():
+    """Return an event that is set once SIGTERM comes, as from a scheduler, or Ctrl-C. A second Ctrl-C ends at once."""
     received = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: received.set())
+
+    def stop(*_):
+        received.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"\nStopping: a save comes first. Ctrl-C ends at once.\n")  # print may be at work already
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     return received
 
 
 def init_worker(number):
-    """Let a data worker ignore SIGTERM, which schedulers send to all: the last updates before the save need batches."""
+    """Let a data worker ignore SIGTERM and Ctrl-C, which all get: the last updates before the save need batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
 
 
@@ -198,9 +209,6 @@ def report_worker_failures(train):
         try:
             return train(config, *rest)
         except BaseException as error:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader raises at the deaths that follow
-            for worker in multiprocessing.active_children():
-                worker.kill()  # one that hangs, or ignores SIGTERM, would keep this process from ending
             if "DataLoader" in str(error) or "Timed out waiting" in str(error):
                 raise RuntimeError(
                     f"{error}\nA data worker (--num-workers is {config.num_workers}) or another process died, perhaps "
@@ -210,6 +218,10 @@ def report_worker_failures(train):
             raise
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for worker in multiprocessing.active_children():  # an exception that something keeps keeps them, too
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader raises at the deaths that follow
+                worker.kill()  # one that hangs, or ignores SIGTERM, would keep this process from ending
 
     return run
 
@@ -292,7 +304,7 @@ class Log:
 
     def __init__(self, folder, main=True, first_step=0, wandb_project="", config=None):
         self.file = None
-        self.wandb = None
+        self.tracker = Tracker(folder, wandb_project if main else "", config)
         self.waiting = b""  # lines that a full disk did not take yet
         if not main:
             return
@@ -301,10 +313,6 @@ class Log:
         lines = self.file.read().splitlines(keepends=True)
         kept = itertools.takewhile(lambda line: _is_whole_entry_before(line, first_step), lines)
         self.file.truncate(sum(map(len, kept)))
-        if wandb_project:
-            import wandb  # slow to import, and most runs do without
-
-            self.wandb = wandb.init(project=wandb_project, name=Path(folder).name, config=config)
 
     def write(self, **entry):
         """Append one line. A full disk is a warning; the line then waits in memory."""
@@ -314,8 +322,7 @@ class Log:
                 self.flush()
             except OSError as error:
                 print(f"WARNING: {self.file.name}: {error}; lines wait in memory", file=sys.stderr, flush=True)
-        if self.wandb:
-            self.wandb.log(entry, step=entry["step"])
+        self.tracker.log(entry)
 
     def flush(self):
         """Write what waits. Raise OSError when the disk is full."""
@@ -332,8 +339,7 @@ class Log:
         if self.file:
             self.flush()
             self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.tracker.finish()
 
 
 def _is_whole_entry_before(line, step):

@@ -11,6 +11,7 @@ Left out: conversion between formats.
 Axes: S steps of a data set, n some of them, A action size, N proprio size.
 """
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import lerobot_data
 import rlds
 import video
 from dataspec import GRIPPER_SLACK, find_spec, fit_image, format_spec, gripper_faults, part_size, read_parts
-from files import read_json, write_json
+from files import check_writable, read_json, write_json
 from index import CACHE, ROWS, SMALL, raise_fault
 from inspection import check_dataset, contact_sheet, print_summary
 from normalise import Normaliser, column_statistics, standardise
@@ -123,8 +124,9 @@ class Dataset:
         stats |= {"num_transitions": len(self), "num_trajectories": self.num_episodes}
         if self.cache.is_dir():
             own = path.with_name(f"{path.name}-{os.getpid()}")  # each process of a run writes the same
-            write_json(own, stats)
-            own.replace(path)
+            with contextlib.suppress(OSError):  # the cache may be another user's, or full
+                write_json(own, stats)
+                own.replace(path)
         return stats
 
     def value_faults(self):
@@ -321,9 +323,10 @@ def main():
     try:
         dataset = open_dataset(config.data, config.cache, config.spec)
         print_summary(dataset)
-    except (ValueError, FileNotFoundError) as error:  # its text is the answer; a traceback would bury it
+        path = dataset.cache / "contact_sheet.png"
+        check_writable(path, "--cache")
+    except (ValueError, OSError) as error:  # its text is the answer; a traceback would bury it
         raise SystemExit(f"error: {error}") from None
-    path = dataset.cache / "contact_sheet.png"
     contact_sheet(dataset).save(path)
     print(f"contact sheet: {path}")
 

@@ -317,6 +317,10 @@ def check(config):
             raise ValueError(f"{name}={getattr(config, name)} is outside {low} to {high}")
     if not config.dry_run and config.out.exists():
         raise FileExistsError(f"out={config.out} exists; choose another folder or remove it")
+    if not config.dry_run:
+        from files import check_writable  # with torch, which the worker processes do without
+
+        check_writable(config.out, "--out")
 
 
 def disturb(sim, expert, rng):

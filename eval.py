@@ -43,7 +43,17 @@ from index import CACHE
 from normalise import Normaliser, statistics_hash, to_robosuite
 from policy import Policy
 from pool import play_all
-from results import Results, compare, group_by, print_table, summarise, tally, trial_key, trial_record
+from results import (
+    Results,
+    check_result_path,
+    compare,
+    group_by,
+    print_table,
+    summarise,
+    tally,
+    trial_key,
+    trial_record,
+)
 from rollout import TRIALS, Episode, contact_sheets
 
 SIMULATORS = {"libero": "sim"}  # --simulator -> module; the interface is in rollout.py
@@ -517,6 +527,7 @@ def main(config):
     init_distributed()  # for its number of threads
     if config.replay:
         return replay(config)
+    check_result_path(result_path(config))
     return evaluate(config, Policy(config.run, choose_data(config), batch=config.policy_batch))
 
 

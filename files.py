@@ -73,6 +73,29 @@ def to_json(config):
     return json.loads(json.dumps(asdict(config), default=str))
 
 
+def check_writable(path, option):
+    """Raise PermissionError naming the `option` that chooses it unless the file or folder `path` can be written."""
+    path = Path(path).absolute()
+    existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if existing != path and not existing.is_dir():
+        raise PermissionError(f"{path} cannot be made: {existing} is a file. Choose another place with {option}")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {existing} is read-only. Choose another place with {option}")
+
+
+def check_new_folder(path):
+    """Raise FileExistsError when the folder of a run holds something, for no run is ever overwritten.
+
+    Raise PermissionError when it cannot be made.
+    """
+    check_writable(path, "--out")
+    path = Path(path)
+    if path.is_file() or (path.exists() and any(path.iterdir())):
+        raise FileExistsError(
+            f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
+        )
+
+
 def git_commit():
     """Return the git commit of this code, with '+' when files differ from it; 'unknown' without git or a checkout."""
     if not shutil.which("git"):

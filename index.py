@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from files import check_writable
+
 CACHE = Path("~/.cache/latent-actions")  # where indices and labels are kept unless --cache says otherwise
 COPY_AGAIN = "Copy it again from where it came."
 INDEX_AGAIN = "Remove index.json in its folder, and the data is indexed again."
@@ -261,6 +263,14 @@ def raise_fault(fault, warning=False):
 # The cache
 
 
+def cache_folder(cache, name):
+    """Return the folder `name` in the cache. Raise ValueError when that is in a home and there is none."""
+    try:
+        return Path(cache).expanduser() / name
+    except RuntimeError as error:
+        raise ValueError(f"the cache is {cache}, but there is no home: {error} Choose a folder with --cache") from error
+
+
 class IndexWriter:
     """Writes arrays that grow by an episode at a time, and what an `Index` needs beside them, in bounded memory.
 
@@ -268,8 +278,9 @@ class IndexWriter:
     """
 
     def __init__(self, folder):
-        """folder: where the index will be."""
+        """folder: where the index will be. Raise PermissionError naming --cache when it cannot be written."""
         self.folder = folder
+        check_writable(folder.parent, "--cache")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
         self.arrays = {}  # {(kind, path): (open file, dtype, shape of a row)}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import init_distributed, shutdown_distributed
 from data import open_dataset
-from files import map_tensors, save_tensors
+from files import check_writable, map_tensors, save_tensors
 from index import CACHE
 from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
@@ -125,14 +125,16 @@ def label_episodes(dataset, model, episodes, batch_size=64, texts=None, num_work
 def main(config, ranks):
     """Label a data set on all processes and write the file of labels.
 
-    Raises FileExistsError rather than replace a file, ValueError when the model does not fit the data.
+    Raises FileExistsError rather than replace a file, PermissionError when it cannot be written, and ValueError when
+    the model does not fit the data.
     """
     dataset = open_dataset(config.data, config.cache, config.spec)
-    model = load_lam(config.lam).to(ranks.device)
-    check_frames(model.sizes, dataset)
     out = config.out or dataset.cache / "labels.safetensors"
     if out.exists():
         raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
+    check_writable(out.parent, "--out")
+    model = load_lam(config.lam).to(ranks.device)
+    check_frames(model.sizes, dataset)
     folder = out.with_name(out.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {

@@ -30,7 +30,7 @@ except ImportError:  # everything but this format works without it
 
 from files import read_json
 from images import decode_image
-from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents
+from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cache_folder, cached_contents
 from mp4 import read_frame, scan_video
 
 FORMAT = "LeRobot (meta/info.json)"  # for messages
@@ -110,7 +110,7 @@ def open_index(path, cache=CACHE, on_fault=None):
     name = directory.resolve().name
     stamps = [(file, *_stamp(directory / file)) for file in meta.files()]
     key = hashlib.sha256(json.dumps(["LeRobot", INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
-    folder = Path(cache).expanduser() / f"{name}-{key}"
+    folder = cache_folder(cache, f"{name}-{key}")
 
     def scan(writer, on_fault):
         Scan(directory, meta, writer, on_fault).run()

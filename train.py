@@ -12,7 +12,6 @@ per step) and training-<step>.safetensors (what --resume needs). The global batc
 (seed, step), so one process, n processes and any accumulation train alike, to rounding.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from common import (
     MovingAverage,
     all_mean,
     all_sum,
-    catch_sigterm,
+    catch_signals,
     check_bf16_support,
     choose_workers,
     distribute,
@@ -48,7 +47,7 @@ from common import (
 from files import save_tensors
 from index import CACHE
 from model import ACTION_LOSSES, VARIANTS
-from prepare import check_config, next_command, prepare
+from prepare import check_config, closing_message, prepare
 from targets import add_action_codes
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
@@ -56,7 +55,7 @@ FREE_TO_CHANGE = set(
     "resume out data labels tokenizer cache num_workers save_every val_every wandb_project per_device_batch_size "
     "gradient_checkpointing compile keep max_skipped timeout".split()
 )
-LOG_EVERY = 10  # updates, but at most 5 s, between exchanges of losses (and of SIGTERM) among the processes
+LOG_EVERY = 10  # updates, but at most 5 s, between exchanges of losses (and of signals) among the processes
 
 
 @dataclass
@@ -320,7 +319,7 @@ def main(config):
         check_bf16_support(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     check_config(config, ranks.world)
     setup = prepare(config, ranks, FREE_TO_CHANGE)
-    vla, dataset, run = setup.vla, setup.dataset, setup.run
+    vla, dataset, run, steps = setup.vla, setup.dataset, setup.run, setup.steps
     optimizer = torch.optim.AdamW(parameter_groups(vla, config.weight_decay), lr=config.learning_rate, fused=True)
     average = MovingAverage(vla, setup.ema)
     first = restore_training(run, vla, optimizer, average) if setup.resuming else 0
@@ -333,9 +332,6 @@ def main(config):
     share = config.global_batch_size // ranks.world
     micro_batch = config.per_device_batch_size or share
     accumulation = share // micro_batch
-    steps = config.max_steps
-    if config.epochs > 0:
-        steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
     if ranks.main and first == steps:  # killed between the two files of the last save
         save_tensors(run / "model.safetensors", trainable_tensors(vla) | average.tensors, step=first)
     sampler = StepBatchSampler(first, steps, config.global_batch_size, micro_batch, ranks.rank, ranks.world)
@@ -349,9 +345,9 @@ def main(config):
     )
 
     meter = Meter()
-    sigterm = catch_sigterm()
+    signals = catch_signals()
     pending = []  # log entries whose losses were not exchanged yet
-    log_every, skipped, stopping = 1, 0, False
+    done, log_every, skipped, stopping = first, 1, 0, False
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not ranks.main, mininterval=1)
     for step in bar:
         schedule = config.lr_scheduler, config.warmup_ratio, config.lr_decay_every
@@ -386,7 +382,7 @@ def main(config):
                 pending[-1]["val_action_l1"] = validate(vla, dataset, setup.held_out, ranks)
         saving = done % config.save_every == 0 or done == steps
         if validating or saving or len(pending) >= log_every:
-            entries, stopping, speed = write_log(log, pending, sigterm.is_set())
+            entries, stopping, speed = write_log(log, pending, signals.is_set())
             log_every = max(1, min(LOG_EVERY, int(5 * speed / config.global_batch_size)))
             skipped = count_skipped(entries, skipped, config, setup)
             shown = entries[-1]
@@ -400,10 +396,7 @@ def main(config):
 
     log.close()
     shutdown_distributed()
-    if stopping:
-        print0(f"SIGTERM: saved after {done} of {steps} steps. Continue: the same command with --out {run} --resume")
-    else:
-        print0(f"run: {run}\nnext: {next_command(run, setup.description)}")
+    print0(closing_message(setup, done))
     return run
 
 

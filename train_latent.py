@@ -37,13 +37,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from batches import ShuffledSteps, Source, StepBatchSampler, action_chunk, chunk_steps, pad
-from checkpoint import load_tensors_into, prepare_run, restore_training, save_training
+from checkpoint import is_restarted, load_tensors_into, prepare_run, restore_training, save_training
 from common import (
     Log,
     Meter,
     all_mean,
     all_sum,
-    catch_sigterm,
+    catch_signals,
     distribute,
     init_distributed,
     learning_rate,
@@ -56,7 +56,7 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import git_commit, to_json, write_json
+from files import check_new_folder, git_commit, to_json, write_json
 from index import CACHE, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
@@ -477,6 +477,8 @@ def train(config, ranks):
     Raises ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
     """
     check(config, ranks.world)
+    if ranks.main and not (config.resume or is_restarted()):
+        check_new_folder(config.out)
     datasets = open_datasets(config.data, config.cache, config.spec)
     check_embodiments(datasets)
     config = replace(config, chunk=choose_chunk(config.chunk, datasets))
@@ -494,7 +496,7 @@ def train(config, ranks):
     if ranks.main:
         write_json(config.out / "dataset_statistics.json", stats)
     if not run_training(model.to(ranks.device), samples["training"], config, ranks, resuming):
-        print0(f"SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
+        print0(f"Ctrl-C or SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
         return
     report(config, kind, model, samples, ranks.device)
 
@@ -547,7 +549,7 @@ def next_command(config, kind):
 def run_training(model, samples, config, ranks, resuming=False):
     """Train `model` for config.max_steps updates, log each, save every config.save_every and at the end.
 
-    Returns True at the end, False when SIGTERM ended the training early, after a save. Raises FloatingPointError when
+    Returns True at the end, False when a signal ended the training early, after a save. Raises FloatingPointError when
     loss or gradient is no longer finite.
     """
     net = distribute(model, ranks)
@@ -556,7 +558,7 @@ def run_training(model, samples, config, ranks, resuming=False):
     save = functools.partial(save_training, config.out, model, optimizer)
     log = Log(config.out, ranks.main, first, config.wandb_project, to_json(config))
     meter = Meter()
-    sigterm = catch_sigterm()
+    signals = catch_signals()
     interrupted = False
     batches = DataLoader(
         samples,
@@ -578,9 +580,9 @@ def run_training(model, samples, config, ranks, resuming=False):
         result["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        result["sigterm"] = torch.tensor(float(sigterm.is_set()), device=ranks.device)
+        result["stop"] = torch.tensor(float(signals.is_set()), device=ranks.device)
         entry = summarise([result], model.num_codes)
-        interrupted = entry.pop("sigterm") > 0  # on any process
+        interrupted = entry.pop("stop") > 0  # on any process
         entry |= {"lr": lr, "samples_per_s": meter.tick(config.global_batch_size)}
         log.write(step=step, **entry)
         check_finite(entry, step, samples, config.global_batch_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from files import read_json
-from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cached_contents
+from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cache_folder, cached_contents
 from mp4 import read_frame, scan_video
 
 FORMAT = "MP4 files (*.mp4, one episode each)"  # for messages
@@ -63,7 +63,7 @@ def open_index(path, cache=CACHE, on_fault=None):
     name = directory.resolve().name
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([INDEX_FORMAT, name, captions, stamps]).encode()).hexdigest()[:16]
-    folder = Path(cache).expanduser() / f"{name}-{key}"
+    folder = cache_folder(cache, f"{name}-{key}")
 
     def scan(writer, on_fault):
         scan_files(directory, files, captions, writer, on_fault)
