@@ -20,7 +20,7 @@ from model import VARIANTS
 from tiny import SIZES
 
 BEGIN, END = "<!-- results: written by eval.py -->", "<!-- end of the results -->"
-UPLOAD = '<!-- To upload this folder: hf upload OWNER/NAME RUN --exclude "training-*" "watch/*" "best/*" -->'
+UPLOAD = 'hf upload OWNER/NAME RUN --exclude "training-*" --exclude "watch/*" --exclude "best/*"'
 MOST_INSTRUCTIONS = 20  # that a card lists
 RELEASES = {r"libero_(spatial|object|goal|10)_no_noops": "openvla/modified_libero_rlds"}  # data set -> its repository
 CONTROLS = {  # an option of eval.py that changes what is evaluated -> what it means, with its value
@@ -37,16 +37,21 @@ CONTROLS = {  # an option of eval.py that changes what is evaluated -> what it m
 def finish_run(run, description, main):
     """Draw the curves of a finished run, write its card and print what comes next, in the `main` process alone.
 
-    description: the content of config.json. The run itself is saved, so whatever fails here is a warning.
+    description: the content of config.json.
     """
     if not main:
         return
     for make in (draw_curves, write_card, write_best_card):
-        try:
-            make(run)
-        except Exception as error:
-            print(f"WARNING: {run}: {make.__name__} failed: {error!r}", file=sys.stderr, flush=True)
+        attempt(make, run)
     print(f"run: {run}\nnext: {next_command(run, description)}", flush=True)
+
+
+def attempt(make, run):
+    """Call make(run). Any error is a warning, because the run and its results are saved already."""
+    try:
+        make(run)
+    except Exception as error:
+        print(f"WARNING: {run}: {make.__name__} failed: {error!r}", file=sys.stderr, flush=True)
 
 
 def next_command(run, description):
@@ -64,7 +69,8 @@ def write_card(run):
     """Write the card of a run anew."""
     run = Path(run)
     config = read_json(run / "config.json")
-    parts = [UPLOAD, introduction(run, config), usage(config), *map(observation, config["data"])]
+    note = f"<!-- To upload this folder: {UPLOAD} -->"
+    parts = [note, introduction(run, config), usage(config), *map(observation, config["data"])]
     text = "\n\n".join(parts)
     card = ModelCard(f"---\n{make_metadata(config).to_yaml()}\n---\n{text}\n")
     add_results(card, run, config)

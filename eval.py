@@ -34,7 +34,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from card import update_card
+from card import attempt, update_card
 from common import init_distributed
 from data import open_dataset
 from execution import Execution
@@ -463,10 +463,7 @@ def evaluate(config, policy):
         episodes, results, policy.data_entry, run=config.run, variant=policy.run_config["train"]["variant"]
     )
     if not config.out and path.parent == policy.run:
-        try:
-            update_card(policy.run)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"WARNING: the card of {policy.run} is not updated: {error!r}", file=sys.stderr)
+        attempt(update_card, policy.run)
     if config.video:
         contact_sheets(path.with_suffix(""))
         print(f"videos: {path.with_suffix('')}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, printed
 
 import common
 import train
@@ -316,6 +316,15 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.time() < end
         time.sleep(0.05)
+
+
+def test_printed_command_evaluates(plan, script_here, cache, tmp_path):
+    """That of docs/training.md, on the embedded data; its curves show the success."""
+    plan({1: 9})
+    small = ["--max-steps", 1, "--eval-trials", 9, "--num-workers", 0, "--cache", cache, "--out", tmp_path / "run"]
+    done = script_here(*printed("python train.py --variant la_align")[1:], *small)
+    assert done.code == 0 and "step 1 in simulators:   9/9   100.0 %   70.1 to 100.0 %" in done.text, done.text
+    assert step_of(tmp_path / "run/best") == 1 and (tmp_path / "run/curves.png").exists()
 
 
 def test_evaluation_ends_with_its_training(code, training, tmp_path):
