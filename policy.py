@@ -120,9 +120,9 @@ class Policy:
         """
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = batch
-        folder = find_run(run)
-        self._load(folder, backbone)
-        statistics = read_json(folder / "dataset_statistics.json")
+        self.run = find_run(run)
+        self._load(backbone)
+        statistics = read_json(self.run / "dataset_statistics.json")
         name = data or (next(iter(statistics)) if len(statistics) == 1 else "")
         if name not in statistics:
             raise ValueError(f"{run} has statistics of {list(statistics)}, not of '{name}'; choose one of them")
@@ -151,9 +151,9 @@ class Policy:
         if embodiments := self.vla.config.embodiments:
             self.embodiment = [known for known, *_ in embodiments].index(self.data_entry["embodiment"])
 
-    def _load(self, folder, backbone):
-        """Read a run's folder, with LoRA merged into the matrices."""
-        vla, self.run_config = load_vla(folder, backbone)
+    def _load(self, backbone):
+        """Read the run, with LoRA merged into its matrices."""
+        vla, self.run_config = load_vla(self.run, backbone)
         self.vla = vla.to(self.device)
         merge_lora(self.vla)
         if self.vla.queries.is_cuda:

@@ -6,7 +6,6 @@ Which episodes keep their actions, which are video; what each embodiment's sizes
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
 from transfer import start_from
+from watch import check_evaluation
 
 
 @dataclass
@@ -121,8 +121,8 @@ def check_config(config, world):
             f"per_device_batch_size is {config.per_device_batch_size}; "
             f"it must divide the {int(shares)} samples of each process"
         )
-    positive = "max_steps save_every val_every placeholders_per_step lr_decay_every keep max_skipped timeout"
-    for name in positive.split():
+    positive = "max_steps save_every val_every eval_trials placeholders_per_step lr_decay_every keep max_skipped"
+    for name in [*positive.split(), "timeout"]:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if ignored := ignored_options(config):
@@ -131,7 +131,7 @@ def check_config(config, world):
     for name in ("data_weights", "labels", "spec"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
-    for name in ("chunk", "episodes", "rest_weight"):
+    for name in ("chunk", "episodes", "rest_weight", "eval_every"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
     for name in ("data_fraction", "warmup_ratio"):
@@ -139,6 +139,7 @@ def check_config(config, world):
             raise ValueError(f"{name} is {getattr(config, name)}; it must be from 0 to 1")
     if min(config.data_weights, default=0) < 0:
         raise ValueError(f"data_weights are {config.data_weights}; none may be negative")
+    check_evaluation(config)
     if len(set(config.cameras)) < len(config.cameras):
         raise ValueError(f"cameras are {', '.join(config.cameras)}; name each once")
     if config.episodes and config.data_fraction < 1:
@@ -160,24 +161,9 @@ def ignored_options(config):
         ("--align-layer", config.align_layer and (variant.latents or not variant.loss), name),
         ("--rest-weight", config.rest_weight != 1 and config.rest != "video", f"--rest {config.rest}"),
         ("--lr-decay-every", config.lr_decay_every != 10_000 and config.lr_scheduler != "step", "this --lr-scheduler"),
+        ("--eval-flags", config.eval_flags and not config.eval_every, "--eval-every 0"),
     ]
     return next(((option, reason) for option, given, reason in cases if given), None)
-
-
-def closing_message(setup, done):
-    """Return what to print after `done` updates: how to continue, or, after the last, what to do with the run."""
-    run = shlex.quote(str(setup.run))
-    if done < setup.steps:
-        again = f"the same command with --out {run} --resume"
-        return f"Ctrl-C or SIGTERM: saved after {done} of {setup.steps} steps. Continue: {again}"
-    return f"run: {setup.run}\nnext: {next_command(setup.run, setup.description)}"
-
-
-def next_command(run, description):
-    """Return what to do with a trained run: evaluate it, if a simulator has its robot."""
-    if any(entry["embodiment"] == "libero" for entry in description["data"]):
-        return f"python eval.py {shlex.quote(str(run))}"
-    return f"use it from Python: Policy({json.dumps(str(run))}), see docs/training.md"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from model import VARIANTS
 README = (ROOT / "README.md").read_text()
 MADE_BY_A_RUN = {
     "compare.png",
+    "curves.png",
     "line_sim.py",
     "captions.json",
     "OUT/gpu.md",
