@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+
+from images import common_sides, resize_image
 
 AUGMENTATIONS = ("crop", "shift")
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
@@ -228,34 +229,6 @@ class ActionChunks(ShuffledSteps):
             pixels = self.datasets[number].image(self.cameras[number][slot], step)
             images.append(torch.from_numpy(np.array(resize_image(pixels, side))))
         return images
-
-
-def common_sides(datasets, cameras):
-    """Return for each camera slot the side to which images are resized; 0: all data sets store one size, kept as it is.
-
-    cameras: of each data set the names in order. Images whose size the data does not state may differ from one another.
-    """
-    sides = []
-    for slot in range(max(map(len, cameras))):
-        shapes = [
-            dataset.image(names[slot], 0).shape[:2] if slot < len(names) else None
-            for dataset, names in zip(datasets, cameras)
-        ]
-        stated = all(
-            None not in dataset.index.features[dataset.spec.cameras[names[slot]]].shape
-            for dataset, names in zip(datasets, cameras)
-            if slot < len(names)
-        )
-        largest = max(max(shape) for shape in shapes if shape)
-        sides.append(0 if stated and len(set(shapes)) == 1 else largest)
-    return sides
-
-
-def resize_image(pixels, side):
-    """Return u8 [h, w, 3] resized to [side, side, 3], bicubic; as it is for side 0."""
-    if not side or pixels.shape[:2] == (side, side):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def chunk_steps(starts, step, chunk):

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from backbone import prompt_ids
-from batches import resize_image
 from checkpoint import load_trainable
 from common import check_bf16_support
 from dataspec import PRESETS, fit_image, format_spec, parse_spec
 from execution import Execution
 from files import load_tensors, read_json
-from images import read_image, store_image
+from images import read_image, resize_image, store_image
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
