@@ -124,9 +124,9 @@ class Watch:
         self._log_results(step)
 
     def _results(self):
-        """Return {step: {"successes", "episodes", "success_rate", "ci95"}} of all evaluations that have a result."""
+        """Return {step: {"successes", "episodes", "success_rate", "ci95"}} of all that have a result, in order."""
         results = {}
-        for path in self.folder.glob("eval-*.json"):
+        for path in sorted(self.folder.glob("eval-*.json"), key=_step_of):
             suites = read_json(path)["suites"]
             successes, episodes = (sum(suite[name] for suite in suites) for name in ("successes", "episodes"))
             if episodes:  # not all ended in errors
@@ -136,13 +136,13 @@ class Watch:
 
     def _log_results(self, step):
         """Log, after update `step`, the results that the log lacks."""
-        results = self._results()
-        for number in sorted(results.keys() - self.logged):
-            low, high = results[number]["ci95"]
-            rate = {"success": results[number]["success_rate"], "success_low": low, "success_high": high}
-            self.log.write(step=step, success_step=number, **rate)
-            self.logged.add(number)
-            say(f"step {number} in simulators: {format_rate(results[number])}")
+        for number, counts in self._results().items():
+            if number not in self.logged:
+                low, high = counts["ci95"]
+                rate = {"success": counts["success_rate"], "success_low": low, "success_high": high}
+                self.log.write(step=step, success_step=number, **rate)
+                self.logged.add(number)
+                say(f"step {number} in simulators: {format_rate(counts)}")
 
     def finish(self, steps, stopping, sigterm):
         """Wait for the evaluation that runs, and for that of the last weights, after `steps` updates.

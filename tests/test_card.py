@@ -91,7 +91,7 @@ def test_paths_of_the_command_are_cut():
     )
 
 
-def test_base_model_and_data_set_of_the_hub(folder, tmp_path):
+def test_base_model_and_data_set_of_the_hub(folder, tmp_path, monkeypatch):
     """They are in the metadata when they have a name there; of a folder the card has the last name alone."""
     config = read_json(folder / "config.json")
     config["data"][0]["name"] = "libero_goal_no_noops"
@@ -101,7 +101,8 @@ def test_base_model_and_data_set_of_the_hub(folder, tmp_path):
     assert "`Qwen/Qwen3-VL-2B-Instruct`, lora" in card.describe_backbone(config["model"])
     local = tmp_path / "checkpoints" / "my-qwen"
     local.mkdir(parents=True)
-    for name in (str(local), os.path.relpath(local)):
+    monkeypatch.chdir(tmp_path)
+    for name in (str(local), "checkpoints/my-qwen"):
         config["model"]["backbone"] = name
         assert card.make_metadata(config).base_model is None
         assert card.describe_backbone(config["model"]) == "`my-qwen`, lora"

@@ -87,6 +87,8 @@ def test_run_writes_what_it_promises(run, dataset):
         "training-35.safetensors",
         "training-40.safetensors",
         "log.jsonl",
+        "curves.png",
+        "README.md",
     }
     log = log_of(run.folder)
     assert column(log, "step") == list(range(40))

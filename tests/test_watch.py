@@ -195,7 +195,9 @@ def test_sigterm_ends_the_last_evaluation(plan, tmp_path):
     watched.finish(6, False, sigterm)
     assert watched.child.returncode == -signal.SIGKILL and log_of(run) == []
     plan({6: 2})
-    open_watch(run, 6).finish(6, False, threading.Event())
+    watched = open_watch(run, 6)
+    assert watched.child and watched.step == 6  # at once, not only at the end
+    watched.finish(6, False, threading.Event())
     assert [(entry["success_step"], entry["success"]) for entry in log_of(run)] == [(6, 0.5)]
 
 
@@ -233,16 +235,26 @@ def test_settings_that_cannot_work_are_refused(train_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_best_save_is_a_run_of_its_own(plan, train_config, tmp_path):
+def test_best_save_is_a_run_of_its_own(plan, train_config, tmp_path, monkeypatch):
     """After a training that was evaluated: its weights act, and it has a card."""
-    plan({2: 1, 4: 4, 5: 2})
+    plan({4: 4, 8: 3, 9: 2})
+    begin = watch.Watch.begin
+
+    def begin_and_wait(watched, step):
+        begin(watched, step)
+        if watched.child:
+            watched.child.wait()
+
+    monkeypatch.setattr(watch.Watch, "begin", begin_and_wait)
     run = tmp_path / "run"
-    train.main(train_config(run, variant="baseline", max_steps=5, save_every=4, eval_every=4))
+    train.main(train_config(run, variant="baseline", max_steps=9, save_every=4, eval_every=4))
     assert step_of(run / "best") == 4 and Policy(run / "best").chunk == 8
     assert "| updates | 4 of 4 samples" in (run / "best" / "README.md").read_text()
     log = log_of(run)
-    assert [entry["step"] for entry in log if "loss" in entry] == list(range(5))
-    assert [entry["success_step"] for entry in log if "success" in entry] == [4, 5]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(9))
+    evaluated = [entry for entry in log if "success" in entry]
+    assert [entry["success_step"] for entry in evaluated] == [4, 8, 9]
+    assert evaluated[0]["step"] < 8  # as soon as it is there
 
 
 def test_sigterm_ends_evaluation_and_training(plan, train_config, tmp_path):
