@@ -202,12 +202,14 @@ def test_black_frames_stay_black():
 
 
 def test_floats_mean_the_same_as_bytes(policy):
-    """For every byte, in three precisions."""
+    """For every byte, in three precisions; values between two bytes are rounded."""
     observation = observe()
     expected = policy(observation)
     every_byte = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     for dtype in (np.float16, np.float32, np.float64):
         assert np.array_equal(read_image("image", (every_byte / 255).astype(dtype)), every_byte)
+        between = (every_byte + np.where(every_byte, -0.4, 0.4)).clip(0, 255) / 255
+        assert np.array_equal(read_image("image", between.astype(dtype)), every_byte)
         images = {name: (image / 255).astype(dtype) for name, image in observation["images"].items()}
         assert np.array_equal(policy(observation | {"images": images}), expected)
 
