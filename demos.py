@@ -315,6 +315,9 @@ def check(config):
     ]:
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name}={getattr(config, name)} is outside {low} to {high}")
+    unused = ("out", "seed", "image_size", "jpeg_quality", "trials")
+    if given := [name for name in unused if config.dry_run and getattr(config, name) != getattr(Config(), name)]:
+        raise ValueError(f"{', '.join(given)} cannot be used with dry_run, which writes nothing")
     if not config.dry_run and config.out.exists():
         raise FileExistsError(f"out={config.out} exists; choose another folder or remove it")
     if not config.dry_run:

@@ -512,15 +512,21 @@ def check(config):
         raise ValueError(f"simulator is '{config.simulator}'; choose one of {', '.join(SIMULATORS)}")
     if config.mute and config.swap_instruction:
         raise ValueError("mute and swap_instruction exclude each other")
+    if config.blind and (config.black_camera or config.swap_cameras):
+        raise ValueError("blind makes all images black: leave out black_camera and swap_cameras")
     if not (config.run or config.compare or config.replay):
         raise ValueError("say which run to evaluate: python eval.py runs/NAME")
-    used = {f.name for f in fields(config)}
+    mode = "a run"
+    used = {f.name for f in fields(config)} - {"cache"}
     if config.compare:
+        mode = "compare"
         used = {"compare"}
     elif config.replay:
-        used = {"replay", "run", "simulator", "data", "cache", "shard", "envs", "watchdog", "out", "any_mujoco"}
+        mode = "replay" if config.run else "replay without a run"
+        used = {"replay", "run", "simulator", "cache", "shard", "envs", "watchdog", "out", "any_mujoco"}
+        used |= {"data"} if config.run else set()
     if ignored := [f.name for f in fields(config) if f.name not in used and getattr(config, f.name) != f.default]:
-        raise ValueError(f"{', '.join(ignored)} cannot be used with {'compare' if config.compare else 'replay'}")
+        raise ValueError(f"{', '.join(ignored)} cannot be used with {mode}")
 
 
 def main(config):

@@ -128,6 +128,9 @@ def main(config, ranks):
     Raises FileExistsError rather than replace a file, PermissionError when it cannot be written, and ValueError when
     the model does not fit the data.
     """
+    for name, low in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(config, name) < low:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
     dataset = open_dataset(config.data, config.cache, config.spec)
     out = config.out or dataset.cache / "labels.safetensors"
     if out.exists():

@@ -8,8 +8,9 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,21 +18,23 @@ from torch import nn
 
 from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
-from checkpoint import is_restarted, prepare_run
+from checkpoint import is_restarted, prepare_run, training_saves
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, to_json, write_json
+from files import check_new_folder, git_commit, read_json, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
-from model import VARIANTS, VLA, ModelConfig
+from model import VARIANTS, VLA, ModelConfig, check_model_config
 from normalise import statistics_hash
 from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
 from transfer import start_from
 from watch import check_evaluation
+
+LENGTH = {"max_steps", "epochs"}  # settings that a resumed run may change where `check_length` allows it
 
 
 @dataclass
@@ -72,9 +75,7 @@ def prepare(config, ranks, free_to_change):
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
     held_out = held_out_steps(dataset, [held for _, held in splits])
-    steps = config.max_steps
-    if config.epochs > 0:
-        steps = math.ceil(config.epochs * dataset.epoch_length / config.global_batch_size)
+    steps = count_steps(to_json(config), dataset)
     torch.manual_seed(config.seed)
     vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
     for each in datasets:
@@ -93,10 +94,15 @@ def prepare(config, ranks, free_to_change):
         "commit": git_commit(),
         "torch": torch.__version__,
     }
-    resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change)
+    before = settings_to_resume(run, config.resume, "train")
+    if before:
+        check_length(run, count_steps(before, dataset), steps, config.lr_scheduler, config.warmup_ratio)
+    resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change | LENGTH)
     if taken and not resuming:
         print0(taken)
     if ranks.main:
+        if before:
+            update_length(run, config)
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
     ema = config.ema if config.ema >= 0 else 0.998 * (config.backbone in SIZES)
@@ -107,10 +113,28 @@ def prepare(config, ranks, free_to_change):
 # The command line
 
 
+AT_LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)
+AT_LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha eval_trials".split(), 1)
+AT_LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length eval_every".split(), 0)
+AT_LEAST |= dict.fromkeys("per_device_batch_size head_width align_layer weight_decay max_grad_norm".split(), 0)
+
+
 def check_config(config, world):
     """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
+    for name, low in AT_LEAST.items():
+        if not getattr(config, name) >= low:  # nor not a number
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    if not config.learning_rate > 0:
+        raise ValueError(f"learning_rate is {config.learning_rate}; it must be positive")
+    for name in ("data_fraction", "warmup_ratio"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be from 0 to 1")
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
+    if not config.ema < 1:
+        raise ValueError(f"ema is {config.ema}; it must be below 1: the average would never move")
     shares = config.global_batch_size / world
-    if shares != int(shares) or shares < 1:
+    if shares != int(shares):
         most = max(number for number in range(1, world) if config.global_batch_size % number == 0)
         raise ValueError(
             f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes. "
@@ -121,49 +145,112 @@ def check_config(config, world):
             f"per_device_batch_size is {config.per_device_batch_size}; "
             f"it must divide the {int(shares)} samples of each process"
         )
-    positive = "max_steps save_every val_every eval_trials placeholders_per_step lr_decay_every keep max_skipped"
-    for name in [*positive.split(), "timeout"]:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if ignored := ignored_options(config):
-        option, reason = ignored
-        raise ValueError(f"{option} has no effect with {reason}; leave it out")
     for name in ("data_weights", "labels", "spec"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
-    for name in ("chunk", "episodes", "rest_weight", "eval_every"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
-    for name in ("data_fraction", "warmup_ratio"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be from 0 to 1")
-    if min(config.data_weights, default=0) < 0:
+    if not min(config.data_weights, default=0) >= 0:
         raise ValueError(f"data_weights are {config.data_weights}; none may be negative")
     check_evaluation(config)
     if len(set(config.cameras)) < len(config.cameras):
         raise ValueError(f"cameras are {', '.join(config.cameras)}; name each once")
     if config.episodes and config.data_fraction < 1:
         raise ValueError(f"both episodes ({config.episodes}) and data_fraction ({config.data_fraction}) are given")
-    if not 0 <= config.val_fraction < 1:
-        raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
     if config.resume and not config.out:
         raise ValueError("resume is set but out is not: say which run to continue with --out")
     if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise ValueError("torchrun may restart this run (--max-restarts), but out is not set: name a folder with --out")
+    refuse_ignored(config, ignored_options(config))
+    check_model_config(SimpleNamespace(**vars(config), action_loss=config.loss))
+
+
+def refuse_ignored(config, ignored):
+    """Raise ValueError for an option that was given, but that nothing reads.
+
+    ignored: (options, whether nothing reads them, with which setting that is so). An option that has its default counts
+    as not given.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for options, is_ignored, reason in ignored:
+        for option in options.split():
+            if is_ignored and getattr(config, option) != defaults[option]:
+                flag = f"{'no-' * (defaults[option] is True)}{option.replace('_', '-')}"
+                raise ValueError(f"--{flag} has no effect with {reason}; leave it out")
 
 
 def ignored_options(config):
-    """Return (an option that was given but changes nothing, with what it changes nothing), or None."""
+    """Return what `refuse_ignored` takes. Labels and tokenizer may be given to all variants, to compare them."""
     variant = VARIANTS[config.variant]
     name = f"--variant {config.variant}"
-    cases = [
-        ("--latent-weight", config.latent_weight >= 0 and not variant.loss, name),
-        ("--align-layer", config.align_layer and (variant.latents or not variant.loss), name),
-        ("--rest-weight", config.rest_weight != 1 and config.rest != "video", f"--rest {config.rest}"),
-        ("--lr-decay-every", config.lr_decay_every != 10_000 and config.lr_scheduler != "step", "this --lr-scheduler"),
-        ("--eval-flags", config.eval_flags and not config.eval_every, "--eval-every 0"),
+    from_images = variant.target == "image"
+    reads_vectors = from_images and (variant.loss != "codes" or config.continuous)
+    return [
+        ("latent_weight", not variant.loss, name),
+        ("align_layer", variant.latents or not variant.loss, name),
+        ("delta", not from_images, name),
+        ("align_target", not reads_vectors, f"{name} without --continuous" if from_images else name),
+        ("rest", not config.episodes and config.data_fraction == 1, "--data-fraction 1: all episodes keep actions"),
+        ("rest_weight", config.rest != "video", f"--rest {config.rest}"),
+        ("lr_decay_every", config.lr_scheduler != "step", f"--lr-scheduler {config.lr_scheduler}"),
+        ("use_wrist_image", bool(config.cameras), "--cameras"),
+        ("val_every", not config.val_fraction, "--val-fraction 0"),
+        ("lora_rank lora_alpha", config.backbone in SIZES, f"--backbone {config.backbone}, which has no LoRA"),
+        ("lora_rank lora_alpha", config.tuning in ("full", "frozen"), f"--tuning {config.tuning}, which has no LoRA"),
+        ("eval_trials eval_flags", not config.eval_every, "--eval-every 0"),
     ]
-    return next(((option, reason) for option, given, reason in cases if given), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The length of a run
+
+
+def count_steps(settings, dataset):
+    """Return the updates of a run with these settings of train.py, {name: value}, on `ActionChunks`."""
+    if settings.get("epochs", 0) > 0:
+        return math.ceil(settings["epochs"] * dataset.epoch_length / settings["global_batch_size"])
+    return settings["max_steps"]
+
+
+def settings_to_resume(run, resume, key):
+    """Return the settings, under `key` of config.json, of the run that is to be resumed; None where none is.
+
+    resume: as the command line says.
+    """
+    if (resume or is_restarted()) and training_saves(run):
+        return read_json(run / "config.json").get(key)
+    return None
+
+
+def check_length(run, before, steps, scheduler, warmup_ratio=0.0):
+    """Raise ValueError unless a run of `before` updates may be resumed as one of `steps`, with the same learning rates.
+
+    scheduler, warmup_ratio: as of train.py.
+    """
+    done = next(iter(training_saves(run)))
+    if steps == before:
+        return
+    if scheduler == "cosine":
+        raise ValueError(
+            f"{run} is a run of {before} updates, now {steps}: the cosine schedule spreads over all of them, so its "
+            f"learning rates would have been others. Resume it with the length it had, or start from its weights in a "
+            "new run; the constant and the step schedule can be prolonged"
+        )
+    if steps < done:
+        raise ValueError(f"{run} has {done} updates already, and {steps} are asked for; ask for more, or for {done}")
+    warmup = round(warmup_ratio * max(before, steps))
+    if warmup > done:
+        raise ValueError(
+            f"{run} has {done} updates, and --warmup-ratio {warmup_ratio} of {max(before, steps)} is a warm-up of "
+            f"{warmup}: with {steps} instead of {before} its learning rates would have been others"
+        )
+
+
+def update_length(run, config):
+    """Let config.json of a resumed run say how long it is now."""
+    content = read_json(run / "config.json")
+    length = {name: getattr(config, name) for name in LENGTH}
+    if content["train"] != content["train"] | length:
+        content["train"] |= length
+        write_json(run / "config.json", content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -604,6 +604,8 @@ def main(config):
     """Measure, draw, write and print; return the report. Raises ValueError or FileNotFoundError before it computes."""
     if not (config.lam or config.tokenizer):
         raise ValueError("say which model to probe: --lam DIR, --tokenizer DIR or both")
+    if config.position and not config.lam:
+        raise ValueError(f"position is {config.position}, but there are code positions only with --lam")
     if config.max_episodes < 3:
         raise ValueError(f"max_episodes is {config.max_episodes}; it takes 3, 2 to fit and 1 to measure")
     out = config.out or config.lam or config.tokenizer

@@ -156,16 +156,16 @@ class Config:
     weight_decay: float = 1e-4
     """decay of matrices; norms, biases and queries are never decayed"""
     max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
+    """gradients are scaled down to this norm (0: never)"""
     max_steps: int = 4750
-    """optimizer updates"""
+    """optimizer updates; a resumed run of the constant or the step schedule may get more"""
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""
     image_aug: bool = True
     """random place, brightness, contrast, saturation and hue"""
     augmentation: Literal[*AUGMENTATIONS] = "crop"
-    """place: a crop of 90 % of the area, resized (evaluation: the centre crop), or a shift by up to 1/24 of the side
-    (evaluation: the whole image)"""
+    """place: a crop of 90 % of the area, resized (evaluation, or without image_aug: the centre crop), or a shift by up
+    to 1/24 of the side (there: the whole image)"""
     val_fraction: float = 0.05
     """share of the episodes held out; their action L1 is logged"""
     val_every: int = 1000
@@ -374,7 +374,7 @@ def main(config):
             add_losses(totals, losses, batch.get("source"), dataset.source_names, accumulation)
 
         means = totals["means"]
-        means["grad_norm"] = torch.nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm)
+        means["grad_norm"] = torch.nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm or torch.inf)
         means["skipped"] = (~means["grad_norm"].isfinite()).float()
         optimizer.found_inf = means["skipped"]  # a tensor on the device, as the fused AdamW asks; 1: nothing changes
         optimizer.step()

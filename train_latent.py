@@ -71,6 +71,7 @@ from latent import (
     source_fingerprint,
     text_states,
 )
+from prepare import check_length, refuse_ignored, settings_to_resume
 from quantiser import code_counts, code_usage, kmeans
 from targets import action_sizes
 from univla import UNIVLA_SETTINGS, univla_tensors
@@ -343,13 +344,15 @@ def check(config, world):
     """Raise ValueError for a setting that cannot work with `world` processes."""
     names = "global_batch_size delta num_codes code_dim codes_per_step num_blocks width image_size patch_size "
     names += "heads patience save_every keep timeout"
-    least = {name: 1 for name in names.split()} | {"chunk": 0}
+    least = {name: 1 for name in names.split()} | {"chunk": 0, "seed": 0, "num_workers": 0}
     least["max_steps"] = 0 if getattr(config, "init_from", None) else 1
     for name, value in least.items():
         if getattr(config, name, value) < value:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {value}")
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
+    if not config.learning_rate > 0:
+        raise ValueError(f"learning_rate is {config.learning_rate}; it must be positive")
     if config.spec and len(config.spec) != len(config.data):
         raise ValueError(f"spec has {len(config.spec)} entries for {len(config.data)} data sets")
     if config.global_batch_size % world:
@@ -368,6 +371,9 @@ def check_lam(config):
         raise ValueError(f"num_codes is {config.num_codes}; labels hold codes in one byte, so at most 256")
     if config.width % (2 * config.heads):
         raise ValueError(f"width is {config.width}; it must be a multiple of 2 x heads, {2 * config.heads}")
+    stage = f"--stage {config.stage}"
+    ignored = [("text", config.stage != 1, stage), ("action_fraction", config.stage == 1, stage)]
+    refuse_ignored(config, [*ignored, ("patch_size", config.features != "pixels", f"--features {config.features}")])
     if config.stage == 2 and not config.init_from:
         raise ValueError(
             "stage is 2 but init_from is not given; it needs a stage 1: "
@@ -492,6 +498,8 @@ def train(config, ranks):
     if held_out:
         samples["held-out"] = make_samples(held_out)
     description = describe_run(config, kind, model, datasets)
+    if before := settings_to_resume(config.out, config.resume, "training"):
+        check_length(config.out, before["max_steps"], config.max_steps, "cosine")
     resuming = prepare_run(config.out, config.resume, ranks.main, description, "training", FREE_TO_CHANGE)
     if ranks.main:
         write_json(config.out / "dataset_statistics.json", stats)

@@ -25,6 +25,10 @@ MADE_BY_A_RUN = {
     "line_sim.py",
     "captions.json",
     "OUT/gpu.md",
+    "report.md",
+    "results.json",
+    "success.png",
+    "RUN/watch/output.txt",
 }  # files that the documents name and that a command writes
 
 
@@ -167,7 +171,9 @@ def test_replay_of_the_embedded_data(tmp_path):
 
 def test_policy_example(trained):
     """The Python lines give a chunk of physical actions; those of the loop execute half of each, then ask again."""
-    example, loop = (text for kind, text in BLOCKS if kind == "python" and "policy" in text)
+    python = [text for kind, text in BLOCKS if kind == "python"]
+    (example,) = (text for text in python if "Policy(" in text and "openpi" not in text)
+    (loop,) = (text for text in python if "controller(" in text)
     pixels = np.zeros((256, 256, 3), np.uint8)
     names = {"image": pixels, "wrist_image": pixels, "proprio": np.zeros(8)}
     exec(example.replace("runs/NAME", str(trained)), names)

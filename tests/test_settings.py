@@ -1,0 +1,172 @@
+"""Settings that contradict each other or the run that is resumed: refused, with the reason, before the work."""
+
+import json
+
+import pytest
+import torch
+
+import demos
+import eval as evaluation
+import label
+import prepare
+import probe
+import train
+import train_latent
+from common import Ranks
+from model import VARIANTS
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+LOSSES = ("loss", "lr", "grad_norm")
+
+
+def log_of(folder):
+    """Return [(loss, learning rate, norm)] of a run's updates."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [tuple(entry[name] for name in LOSSES) for entry in entries]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The length of a resumed run
+
+
+@pytest.mark.parametrize("scheduler", ("constant", "step"))
+def test_resumed_run_may_get_more_steps(scheduler, train_config, tmp_path):
+    """With these schedules it is, in every bit, the run that had them from the start; config.json says its length."""
+    options = {"lr_scheduler": scheduler, "warmup_ratio": 0.17, "save_every": 4}  # one update, of 4 as of 6
+    options |= {"lr_decay_every": 3} if scheduler == "step" else {}
+    whole = train.main(train_config(tmp_path / "whole", max_steps=6, **options))
+    short = train.main(train_config(tmp_path / "short", max_steps=4, **options))
+    train.main(train_config(short, max_steps=6, resume=True, **options))
+    assert log_of(short) == log_of(whole) and len(log_of(short)) == 6
+    assert json.loads((short / "config.json").read_text())["train"]["max_steps"] == 6
+
+
+def test_length_that_would_change_the_schedule(train_config, tmp_path):
+    """Cosine, or a warm-up that is not over, or fewer updates than there are; nothing of the run changes."""
+    cosine = train.main(train_config(tmp_path / "cosine", max_steps=2))
+    constant = train.main(train_config(tmp_path / "constant", max_steps=2, lr_scheduler="constant", warmup_ratio=0.5))
+    before = (constant / "config.json").read_bytes()
+    for run, steps, reason in [
+        (cosine, 3, "is a run of 2 updates, now 3: the cosine schedule spreads over all"),
+        (constant, 1, "has 2 updates already, and 1 are asked for"),
+        (constant, 6, "has 2 updates, and --warmup-ratio 0.5 of 6 is a warm-up of 3"),
+    ]:
+        options = {} if run == cosine else {"lr_scheduler": "constant", "warmup_ratio": 0.5}
+        with pytest.raises(ValueError, match=reason):
+            train.main(train_config(run, max_steps=steps, resume=True, **options))
+    assert (constant / "config.json").read_bytes() == before
+
+
+def test_latent_training_keeps_its_length(rlds, cache, tmp_path):
+    """Its schedule is always the cosine."""
+    options = dict(data=[rlds], cache=cache, out=tmp_path / "run", global_batch_size=8, num_codes=16, code_dim=16)
+    train_latent.train(train_latent.TokenizerTraining(max_steps=2, **options), ONE)
+    with pytest.raises(ValueError, match="a run of 2 updates, now 4: the cosine schedule"):
+        train_latent.train(train_latent.TokenizerTraining(max_steps=4, resume=True, **options), ONE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options without an effect, and numbers out of range
+
+IGNORED = [
+    ({"variant": "baseline", "latent_weight": 0.5}, "--latent-weight has no effect with --variant baseline"),
+    ({"variant": "la_cond", "align_layer": 2}, "--align-layer has no effect with --variant la_cond"),
+    ({"variant": "la_tok", "delta": 8}, "--delta has no effect with --variant la_tok"),
+    ({"variant": "baseline", "align_target": "quantised"}, "--align-target has no effect with --variant baseline;"),
+    ({"variant": "la_direct", "align_target": "quantised"}, "--variant la_direct without --continuous; leave it out"),
+    (
+        {"variant": "la_align", "continuous": True},
+        "for la_direct, la_cond, la_tok, not for la_",
+    ),
+    ({"variant": "la_tok", "placeholders_per_step": 2}, "only the baseline takes more than 1"),
+    ({"rest": "video"}, "--rest has no effect with --data-fraction 1: all episodes keep actions"),
+    ({"episodes": 1, "rest_weight": 2.0}, "--rest-weight has no effect with --rest drop"),
+    ({"lr_decay_every": 5}, "--lr-decay-every has no effect with --lr-scheduler cosine"),
+    ({"cameras": ("image",), "use_wrist_image": False}, "--no-use-wrist-image has no effect with --cameras"),
+    ({"val_fraction": 0.0, "val_every": 5}, "--val-every has no effect with --val-fraction 0"),
+    ({"lora_rank": 8}, "--lora-rank has no effect with --backbone tiny, which has no LoRA"),
+    ({"backbone": "DIR", "tuning": "full", "lora_alpha": 8}, "--lora-alpha has no effect with --tuning full"),
+    ({"backbone": "DIR", "tuning": "frozen", "lora_targets": ("qkv",)}, "but tuning is 'frozen': no LoRA"),
+    ({"tuning": "full"}, "tuning is 'full', but the tiny backbone is always trained in full"),
+]
+OUT_OF_RANGE = [
+    ({"epochs": -1.0}, "epochs is -1.0; it must be at least 0"),
+    ({"epochs": float("nan")}, "epochs is nan"),
+    ({"warmup_ratio": 5.0}, "warmup_ratio is 5.0; it must be from 0 to 1"),
+    ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be positive"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0; it must be at least 0"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be at least 0"),
+    ({"ema": 1.0}, "ema is 1.0; it must be below 1"),
+    ({"global_batch_size": 0}, "global_batch_size is 0; it must be at least 1"),
+    ({"per_device_batch_size": -2}, "per_device_batch_size is -2; it must be at least 0"),
+    ({"image_size": -32}, "image_size is -32; it must be at least 0"),
+    ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
+    ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ({"delta": -4}, "delta is -4; it must be at least 0"),
+]
+
+
+@pytest.mark.parametrize("changes, message", IGNORED + OUT_OF_RANGE)
+def test_setting_that_would_be_ignored_or_cannot_be(changes, message, train_config, tmp_path):
+    """It is refused by its name, before any data is opened."""
+    with pytest.raises(ValueError, match=message):
+        prepare.check_config(train_config(tmp_path, **changes), 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_settings_with_an_effect_pass(variant, train_config, tmp_path):
+    """The defaults of every variant, with labels and tokenizer; what each ablation is for."""
+    useful = {
+        "baseline": {"placeholders_per_step": 4, "max_grad_norm": 0.0, "ema": 0.0},
+        "la_align": {"align_layer": 2, "align_target": "quantised", "latent_weight": 0.0, "delta": 4},
+        "la_direct": {
+            "continuous": True,
+            "align_target": "quantised",
+            "episodes": 1,
+            "rest": "video",
+            "rest_weight": 2.0,
+        },
+        "la_cond": {"backbone": "DIR", "tuning": "lora", "lora_rank": 8, "lora_targets": ("qkv",)},
+        "la_tok": {"lr_scheduler": "step", "lr_decay_every": 5, "continuous": True, "image_aug": False},
+    }
+    prepare.check_config(train_config(tmp_path, variant=variant), 1)
+    prepare.check_config(train_config(tmp_path, variant=variant, **useful[variant]), 1)
+
+
+def test_gradients_that_are_not_clipped(train_config, tmp_path):
+    """--max-grad-norm 0 trains as a norm that is never reached; the norm is logged all the same."""
+    first, second = (train.main(train_config(tmp_path / f"{n}", max_grad_norm=n)) for n in (0.0, 1e9))
+    assert log_of(first) == log_of(second) and all(norm > 0 for *_, norm in log_of(first))
+
+
+def test_other_commands_refuse_what_they_would_ignore(tmp_path):
+    """train_latent.py, label.py, probe.py, demos.py, eval.py."""
+
+    def lam(**changes):
+        train_latent.check(train_latent.LamTraining(data=[tmp_path], out=tmp_path / "lam", **changes), 1)
+
+    def refuses(match, call, *arguments, **options):
+        with pytest.raises(ValueError, match=match):
+            call(*arguments, **options)
+
+    lam(stage=1, text="T5")
+    lam(stage=0, action_fraction=0.0, patch_size=4)
+    refuses("--text has no effect with --stage 0; leave it out", lam, text="T5")
+    refuses("--action-fraction has no effect with --stage 1", lam, stage=1, action_fraction=0.5)
+    refuses("--patch-size has no effect with --features DINO", lam, features="DINO", patch_size=4)
+    refuses("learning_rate is -0.1; it must be positive", lam, learning_rate=-0.1)
+    refuses("num_workers is -1; it must be at least 0", lam, num_workers=-1)
+    config = label.Config(data=tmp_path, lam=tmp_path, batch_size=0)
+    refuses("batch_size is 0; it must be at least 1", label.main, config, ONE)
+    config = probe.Config(data=tmp_path, tokenizer=tmp_path, position=2)
+    refuses("position is 2, but there are code positions only with --lam", probe.main, config)
+    refuses("out, seed cannot be used with dry_run", demos.check, demos.Config(dry_run=True, out=tmp_path, seed=20_000))
+    for options, match in [
+        ({"run": "r", "blind": True, "black_camera": "image"}, "blind makes all images black"),
+        ({"run": "r", "cache": tmp_path}, "cache cannot be used with a run"),
+        ({"replay": tmp_path, "data": "made"}, "data cannot be used with replay without a run"),
+        ({"compare": (tmp_path,), "trials": 3}, "trials cannot be used with compare"),
+    ]:
+        refuses(match, evaluation.check, evaluation.Config(**options))
