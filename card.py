@@ -199,7 +199,7 @@ def usage(config):
 With the code of the commit above; `OWNER/NAME` is this repository, or a folder with its files:
 
 ```python
-from policy import Policy
+from latent_actions import Policy
 
 policy = Policy("OWNER/NAME"{options})
 # images: u8 [height, width, 3], upright, of any size; the state is in the units of the data

@@ -1,13 +1,11 @@
 """card.py: the model card of a run, and runs on the Hub."""
 
 import base64
-import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -136,18 +134,6 @@ def test_every_control_has_words():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
-
-
-@pytest.fixture
-def line(tmp_path, monkeypatch):
-    """The simulator of docs/fork.md."""
-    (simulator,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/fork.md").read_text(), re.S)
-    (tmp_path / "line_sim.py").write_text(simulator)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setitem(evaluation.SIMULATORS, "line", "line_sim")
-    yield importlib.import_module("line_sim")
-    monkeypatch.delitem(sys.modules, "line_sim")
 
 
 def evaluate(run, **changes):

@@ -160,7 +160,7 @@ def test_evaluation_and_comparison(trained):
 
     (trained / "eval.jsonl").write_bytes((trained / "eval-blind.jsonl").read_bytes())
     replaced = {"RUN": str(trained), "RUN/eval-blind.jsonl": str(trained / "eval-blind.jsonl")}
-    text = run_here(printed("python eval.py --compare"), **replaced)
+    text = run_here(printed("python eval.py --compare RUN RUN/eval-blind.jsonl"), **replaced)
     assert "minus A:   +0.0 (-65.3 to +65.3), p = 1" in text and (trained / "compare.png").exists()
 
 
