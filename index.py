@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ COPY_AGAIN = "Copy it again from where it came."
 INDEX_AGAIN = "Remove index.json in its folder, and the data is indexed again."
 ROWS = 1 << 16  # steps read at once where all are read
 SMALL = 8 << 20  # bytes of a column that is kept in memory once it is read
+VERSION = re.compile(r"\d+\.\d+\.\d+")  # folder of a version of an RLDS data set
 INDEX_FORMAT = 4  # raise when the cached files change their meaning
 
 
@@ -186,6 +188,17 @@ class Index:
         """E."""
         return len(self.starts) - 1
 
+    @property
+    def beside(self):
+        """The folders in which a description, labels and a tokenizer of the data set are looked for, in order."""
+        folder = named_folder(self.directory)
+        return [folder.parent, folder] if VERSION.fullmatch(folder.name) else [folder]
+
+    def find_beside(self, name):
+        """Return the file or folder `name` beside the data set: the first that exists, else where it would be."""
+        places = [folder / name for folder in self.beside]
+        return next((place for place in places if place.exists()), places[0])
+
     def paths(self, kind):
         """Return the paths of the features of a kind."""
         return [path for path, feature in self.features.items() if feature.kind == kind]
@@ -225,6 +238,11 @@ class Index:
         """Return (file, "step n of episode m") of a step, for messages."""
         episode = self.episode_of(step)
         return self.file_of(step), f"step {step - self.starts[episode]} of episode {episode}"
+
+
+def named_folder(path):
+    """Return a path of the same folder that ends in its name, which "." and ".." do not."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def later_steps(index, steps, delta):

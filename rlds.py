@@ -25,7 +25,18 @@ from PIL import Image, JpegImagePlugin
 
 from files import read_json
 from images import decode_image
-from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cache_folder, cached_contents, raise_fault
+from index import (
+    CACHE,
+    COPY_AGAIN,
+    INDEX_FORMAT,
+    VERSION,
+    Feature,
+    Index,
+    cache_folder,
+    cached_contents,
+    named_folder,
+    raise_fault,
+)
 
 FORMAT = "RLDS (features.json and *.tfrecord-* files)"  # for messages
 LARGEST_ROW = 4096  # numbers of a step; larger tensors, as of depth in metres, would fill the cache
@@ -317,8 +328,9 @@ def open_index(path, cache=CACHE, on_fault=None):
         features = read_features(directory)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{directory}: damaged features.json or dataset_info.json: {error!r}. {COPY_AGAIN}") from error
-    is_version = re.fullmatch(r"\d+\.\d+\.\d+", directory.name)
-    name = (directory.parent if is_version else directory).resolve().name  # dataset_info.json's can be odd: liber_o10
+    named = named_folder(directory)
+    is_version = VERSION.fullmatch(named.name)
+    name = (named.parent if is_version else named).resolve().name  # dataset_info.json's can be odd: liber_o10
     salt = (directory / "features.json").read_bytes()
     folder = _cache_folder(cache, name, salt, shards)
 

@@ -47,9 +47,14 @@ class Labels:
 
 
 def label_path(dataset, data):
-    """Return the default label file of a data set: in the folder `data` if it exists there, else in the cache."""
-    shipped = Path(data) / "labels.safetensors"
-    return shipped if shipped.exists() else dataset.cache / "labels.safetensors"
+    """Return the default label file of a data set: beside it if one exists there, else in the cache.
+
+    data: the folder that was given for the data set.
+    """
+    for shipped in (Path(data) / "labels.safetensors", dataset.find_beside("labels.safetensors")):
+        if shipped.exists():
+            return shipped
+    return dataset.cache / "labels.safetensors"
 
 
 def load_labels(dataset, path, delta=0):
@@ -188,7 +193,7 @@ def _load_labels(config, number, dataset, reads_vectors):
 
 def _load_tokenizer(config, datasets, chunk):
     """Return the action tokenizer. Raises ValueError unless it has the sizes and the action statistics of the run."""
-    folder = Path(config.tokenizer or config.data[0] / "tokenizer")
+    folder = Path(config.tokenizer or datasets[0].find_beside("tokenizer"))
     data = " ".join(map(str, config.data))
     if not folder.exists():
         raise FileNotFoundError(
