@@ -28,6 +28,7 @@ MADE_BY_A_RUN = {
     "report.md",
     "results.json",
     "success.png",
+    "RUN/README.md",
     "RUN/watch/output.txt",
 }  # files that the documents name and that a command writes
 
