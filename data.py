@@ -14,6 +14,7 @@ Axes: S steps of a data set, n some of them, A action size, N proprio size.
 import contextlib
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ import video
 from dataspec import GRIPPER_SLACK, find_spec, fit_image, format_spec, gripper_faults, part_size, read_parts
 from files import check_writable, read_json, write_json
 from index import CACHE, ROWS, SMALL, raise_fault
-from inspection import check_dataset, contact_sheet, print_summary
+from inspection import check_dataset, contact_sheet, describe_unknown, find_lfs_pointer, print_summary
 from normalise import Normaliser, column_statistics, standardise
 
 FORMATS = (rlds, lerobot_data, video)
@@ -217,18 +218,48 @@ def open_index(path, cache=CACHE, on_fault=None):
     place).
     """
     path = Path(path)
-    known = " or ".join(module.FORMAT for module in FORMATS)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such data directory: {path}. Give --data a folder with {known}.")
-    matching = [module for module in FORMATS if module.is_dataset(path)]
+    matching = [module for module in FORMATS if path.is_dir() and module.is_dataset(path)]
     if len(matching) > 1:
         raise ValueError(f"{path} holds {' and '.join(module.FORMAT for module in matching)}; separate them.")
     if not matching:
-        folders = [child for child in sorted(path.iterdir()) if child.is_dir()]
-        inside = [child.name for child in folders if any(module.is_dataset(child) for module in FORMATS)]
-        hint = f", one of its folders {', '.join(inside[:8])}" if inside else ""
-        raise ValueError(f"{path} holds no data set of a known format. Give a folder with {known}{hint}.")
-    return matching[0].open_index(path, cache, on_fault)
+        raise_unknown(path)
+    try:
+        return matching[0].open_index(path, cache, on_fault)
+    except (ValueError, FileNotFoundError) as error:
+        if pointer := find_lfs_pointer(path):
+            raise ValueError(f"{pointer} is a pointer of Git LFS, not the file: git lfs pull, in {path}") from error
+        raise
+
+
+def raise_unknown(path):
+    """Raise FileNotFoundError for a path that is no folder, or ValueError for a folder of no known format.
+
+    The text says what is there instead, and which folder, above or below, is a data set.
+    """
+    give = f"Give --data a folder with {' or '.join(module.FORMAT for module in FORMATS)}"
+    around = [parent for parent in path.resolve().parents[:2] if is_marked(parent)]
+    around += [folder for folder in subfolders(path) if any(module.is_dataset(folder) for module in FORMATS)]
+    if around:
+        give += f". Here that is {' or '.join(map(str, around[:8]))}"
+    if path.is_dir():
+        raise ValueError(f"{path} holds no data set of a known format. {describe_unknown(path)}{give}.")
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file, no data directory. {describe_unknown(path)}{give}.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        give += f". If it is a name on the Hub: hf download {path} --repo-type dataset --local-dir DIR"
+    raise FileNotFoundError(f"no such data directory: {path}. {give}.")
+
+
+def is_marked(folder):
+    """Return whether a folder is itself that of an RLDS or LeRobot data set."""
+    return (folder / "features.json").exists() or lerobot_data.is_dataset(folder)
+
+
+def subfolders(path):
+    """Return the folders in a folder and in these, sorted; at most a hundred."""
+    children = [child for child in sorted(path.glob("*")) if child.is_dir()]
+    grandchildren = [each for child in children[:50] for each in sorted(child.glob("*")) if each.is_dir()]
+    return [*children, *grandchildren][:100]
 
 
 def open_dataset(path, cache=CACHE, spec="", on_fault=None):

@@ -5,6 +5,9 @@
 Axes: S steps of a data set, A action size.
 """
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -14,6 +17,48 @@ from targets import label_path, load_labels
 
 THUMBNAIL = 160  # pixels, the side of a frame in the contact sheet
 SHOWN = 12  # instructions, at most, that are listed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders that are no data set
+
+UNKNOWN = {  # ends of names -> what a folder with such files is, and what to do
+    ".hdf5 .h5": "It holds HDF5 ({}), as LIBERO's own demonstrations are, which is not read. Take their RLDS version, "
+    "openvla/modified_libero_rlds on the Hub, or convert them to LeRobot with the lerobot package. ",
+    ".tfrecord": "It holds TFRecord shards ({}) without the features.json that describes them. Copy features.json and "
+    "dataset_info.json from where they came. ",
+    ".parquet": "It holds Parquet files ({}) without a LeRobot data set's meta/info.json. Copy all of its folder. ",
+    ".zarr .zarray .zgroup": "It holds zarr ({}), which is not read. Convert it with the lerobot package. ",
+    ".bag .mcap .db3": "It holds recordings of ROS ({}). Convert them with the lerobot package. ",
+    ".npz .npy .pkl .pt .pth": "It holds arrays ({}). Convert them with the lerobot package. ",
+    ".avi .mov .mkv .webm": "It holds videos ({}) that are not MP4. Convert each: ffmpeg -i NAME.avi NAME.mp4. ",
+    ".png .jpg .jpeg": "It holds single images ({}). Make an MP4 of each episode: ffmpeg -i %06d.png NAME.mp4. ",
+    ".zip .tar .gz .tgz .zst": "It holds archives ({}). Unpack them. ",
+    ".safetensors": "It holds weights or labels ({}), so it may be a run. ",
+}
+LOOKED_AT = 2000  # files, at most
+
+
+def describe_unknown(path):
+    """Return what lies at a path that is no data set, and what to do, as sentences; "" for what is not known."""
+    if (path / "meta").is_dir():
+        return "It looks like a LeRobot data set without its meta/info.json. Copy all of its folder again. "
+    inside = [str(file.relative_to(path)) for file in itertools.islice(path.rglob("*"), LOOKED_AT)]
+    for ends, text in UNKNOWN.items():
+        for name in inside or [path.name]:
+            if {f".{part.split('-')[0]}" for part in Path(name).name.lower().split(".")[1:]} & set(ends.split()):
+                return text.format(name)
+    return ""
+
+
+def find_lfs_pointer(path):
+    """Return a file in a folder that is a pointer of Git LFS, as after a clone without git-lfs; None without."""
+    for file in itertools.islice(Path(path).rglob("*"), LOOKED_AT):
+        if file.is_file() and file.stat().st_size < 1024:
+            with open(file, "rb") as start:
+                if start.read(40).startswith(b"version https://git-lfs.github.com"):
+                    return file
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

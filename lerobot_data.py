@@ -106,7 +106,8 @@ def open_index(path, cache=CACHE, on_fault=None):
     try:
         meta = read_metadata(directory)
     except (KeyError, TypeError, AttributeError, pa.ArrowException, OSError) as error:
-        raise ValueError(f"{directory}/meta: damaged metadata: {error!r}. {COPY_AGAIN}") from error
+        reason = f"{type(error).__name__}({str(error)!r})" if isinstance(error, OSError) else repr(error)
+        raise ValueError(f"{directory}/meta: damaged metadata: {reason}. {COPY_AGAIN}") from error
     name = directory.resolve().name
     stamps = [(file, *_stamp(directory / file)) for file in meta.files()]
     key = hashlib.sha256(json.dumps(["LeRobot", INDEX_FORMAT, name, stamps]).encode()).hexdigest()[:16]

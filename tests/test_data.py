@@ -26,11 +26,13 @@ def test_missing_folder_and_unknown_format_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such data directory: .*nowhere.*RLDS"):
         data.open_index(tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no data set of a known format. Give a folder with RLDS.*\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"empty holds no data set of a known format. Give --data a folder with .*\)\.$"
+    ):
         data.open_index(tmp_path / "empty", tmp_path)
     (tmp_path / "empty" / "mine" / "meta").mkdir(parents=True)
     (tmp_path / "empty" / "mine" / "meta" / "info.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"one episode each\), one of its folders mine\.$"):
+    with pytest.raises(ValueError, match=r"one episode each\)\. Here that is .*/mine\.$"):
         data.open_index(tmp_path / "empty", tmp_path)
 
 
