@@ -43,7 +43,6 @@ class Backbone(nn.Module):
         set_trainable(self.qwen, config)
         for module in rms_norms(self.qwen):
             module.forward = functools.partial(_rms_norm, module)
-        self.text_length = config.text_length
         self.chunk = config.chunk
         self.cameras = config.cameras
         self.camera_counts = sorted({cameras for *_, cameras in config.embodiments}) or [config.cameras]
@@ -59,17 +58,23 @@ class Backbone(nn.Module):
             )
         self.grid = config.image_size // self.patch  # patches along one side
         self.tokens_per_image = (self.grid // self.merge) ** 2
-        tokens = config.text_length + config.cameras * self.tokens_per_image + num_placeholders
-        if tokens > MAX_TOKENS:
-            raise ValueError(
-                f"the prompt would take {tokens} tokens ({config.cameras} images of {self.tokens_per_image}, "
-                f"{config.text_length} of text, {num_placeholders} placeholders), more than {MAX_TOKENS}; "
-                "fewer or smaller images, a shorter text"
-            )
-        self.cached_ids = {}  # (instruction, device) -> (ids [T], their number), on that device
-        self._build_layout()
+        self.reserve_text(config.text_length)
 
     # -- prompt ------------------------------------------------------------------------------------------------------
+
+    def reserve_text(self, text_length):
+        """Make room for so many tokens of text. Raise ValueError where the prompt would be too long."""
+        tokens = text_length + self.cameras * self.tokens_per_image + self.num_placeholders
+        if tokens > MAX_TOKENS:
+            raise ValueError(
+                f"the prompt would take {tokens} tokens ({self.cameras} images of {self.tokens_per_image}, "
+                f"{text_length} of text, {self.num_placeholders} placeholders), more than {MAX_TOKENS}; "
+                "fewer or smaller images, a shorter text"
+            )
+        self.text_length = text_length
+        self.cached_ids = {}  # (instruction, device) -> (ids [T], their number), on that device
+        self._build_layout()
+        self.to(self.qwen.device)
 
     def _build_layout(self):
         """Split the chat template into the fixed ids before and after the text; fix positions and rotary tables."""
@@ -100,7 +105,8 @@ class Backbone(nn.Module):
         self.register_buffer("table_of", table_of, persistent=False)
         positions = torch.stack([self._mrope_positions(count) for count in self.camera_counts], 1)
         self.register_buffer("positions", positions, persistent=False)  # [3, camera counts, L]
-        cos, sin = self.qwen.language_model.rotary_emb(torch.zeros(1), positions)
+        rotary = self.qwen.language_model.rotary_emb
+        cos, sin = rotary(torch.zeros(1), positions.to(rotary.inv_freq.device))
         vision_cos, vision_sin = self._vision_rope()
         self.register_buffer("cos", cos, persistent=False)  # [camera counts, L, head_dim]
         self.register_buffer("sin", sin, persistent=False)

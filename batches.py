@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from data import common_sides
+from images import common_sides, resize_image
 
 AUGMENTATIONS = ("crop", "shift")
 CROP_AREA = 0.9  # share of the area that a training crop, and the centre crop at evaluation, keeps
@@ -230,13 +229,6 @@ class ActionChunks(ShuffledSteps):
             pixels = self.datasets[number].image(self.cameras[number][slot], step)
             images.append(torch.from_numpy(np.array(resize_image(pixels, side))))
         return images
-
-
-def resize_image(pixels, side):
-    """Return u8 [h, w, 3] resized to [side, side, 3], bicubic; as it is for side 0."""
-    if not side or pixels.shape[:2] == (side, side):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def chunk_steps(starts, step, chunk):

@@ -1,8 +1,4 @@
-"""Saving and resuming a training.
-
-A run is one folder: config.json, dataset_statistics.json, model.safetensors (what was trained, for use),
-training-<step>.safetensors (what --resume needs, the newest few) and log.jsonl.
-"""
+"""Saving and resuming a training; the files of a run are listed in train.py."""
 
 import json
 import os

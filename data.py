@@ -330,27 +330,6 @@ def choose_chunk(chunk, datasets):
     return chunk or next(iter(stated.values()), datasets[0].spec.chunk)
 
 
-def common_sides(datasets, cameras):
-    """Return for each camera slot the side to which images are resized; 0: all data sets store one size, kept as it is.
-
-    cameras: of each data set the names in order. Images whose size the data does not state may differ from one another.
-    """
-    sides = []
-    for slot in range(max(map(len, cameras))):
-        shapes = [
-            dataset.image(names[slot], 0).shape[:2] if slot < len(names) else None
-            for dataset, names in zip(datasets, cameras)
-        ]
-        stated = all(
-            None not in dataset.index.features[dataset.spec.cameras[names[slot]]].shape
-            for dataset, names in zip(datasets, cameras)
-            if slot < len(names)
-        )
-        largest = max(max(shape) for shape in shapes if shape)
-        sides.append(0 if stated and len(set(shapes)) == 1 else largest)
-    return sides
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 

@@ -22,7 +22,6 @@ in results.py.
 
 import difflib
 import functools
-import hashlib
 import importlib
 import math
 import os
@@ -35,13 +34,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from card import attempt, update_card
 from common import init_distributed
 from data import open_dataset
 from execution import Execution
-from files import read_json, write_json
+from files import file_hash, read_json, write_json
 from index import CACHE
 from normalise import Normaliser, statistics_hash, to_robosuite
-from policy import Policy
+from policy import Policy, find_run
 from pool import play_all
 from results import (
     Results,
@@ -66,7 +66,7 @@ class Config:
     """Settings of `python eval.py`."""
 
     run: tyro.conf.Positional[str] = ""
-    """folder of a trained run"""
+    """folder of a trained run, or a Hub repository owner/name; its results go to runs/owner--name"""
     simulator: str = "libero"
     """where to play, one of SIMULATORS"""
     suite: tuple[str, ...] = ()
@@ -300,13 +300,13 @@ def check_policy(policy, config):
         )
 
 
-def choose_data(config):
+def choose_data(config, run):
     """Return the name of the data set whose embodiment is the simulator's, before anything else is opened.
 
-    Raise ValueError when the run was not trained on that embodiment, or on several data sets of it and the config does
-    not name one.
+    run: the folder of the run. Raise ValueError when it was not trained on that embodiment, or on several data sets of
+    it and the config does not name one.
     """
-    path = Path(config.run) / "config.json"
+    path = run / "config.json"
     if not path.exists():
         return config.data  # what `Policy` says of it is better
     entries = read_json(path).get("data", [])
@@ -371,7 +371,7 @@ def mark_videos(episodes, video, folder):
 
 
 def result_path(config):
-    """Return the result file: --out, else a file in the run that is named by simulator, control and shard."""
+    """Return the result file: --out, else one named by simulator, control and shard, in the run or runs/owner--name."""
     if config.out:
         return config.out
     parts = ["eval"]
@@ -382,7 +382,10 @@ def result_path(config):
             parts.append(control.replace("_", "-") if value is True else f"{control.replace('_', '-')}-{value}")
     if config.shard:
         parts.append(config.shard.replace("/", "of"))
-    return Path(config.run) / f"{'-'.join(parts)}.jsonl"
+    folder = Path(config.run)
+    if not folder.exists():
+        folder = Path("runs") / config.run.replace("/", "--")
+    return folder / f"{'-'.join(parts)}.jsonl"
 
 
 def run_all(config, episodes, act, results):
@@ -457,10 +460,9 @@ def evaluate(config, policy):
     policy.reserve_text(max(map(policy.text_tokens, prompts)))
     if not config.mute:
         warn_of_new_instructions(prompts, policy.data_entry["instructions"])
-    with open(Path(config.run) / "model.safetensors", "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    weights = file_hash(policy.run / "model.safetensors")
     settings = {"model": weights, "data": policy.name, "device": policy.device, "policy_batch": config.policy_batch}
-    settings |= {"text_length": policy.vla.config.text_length}  # more room for text changes actions by rounding
+    settings |= {"text_length": policy.text_length}  # more room for text changes actions by rounding
     settings |= {control: getattr(config, control) for control in CONTROLS}
     settings |= {name: value for name in EXECUTION if (value := getattr(config, name))}
     if config.simulator != Config.simulator:
@@ -470,6 +472,8 @@ def evaluate(config, policy):
     summary = report(
         episodes, results, policy.data_entry, run=config.run, variant=policy.run_config["train"]["variant"]
     )
+    if not config.out and path.parent == policy.run:
+        attempt(update_card, policy.run)
     if config.video:
         contact_sheets(path.with_suffix(""))
         print(f"videos: {path.with_suffix('')}")
@@ -534,7 +538,8 @@ def main(config):
     if config.replay:
         return replay(config)
     check_result_path(result_path(config))
-    return evaluate(config, Policy(config.run, choose_data(config), batch=config.policy_batch))
+    run = find_run(config.run)
+    return evaluate(config, Policy(run, choose_data(config, run), batch=config.policy_batch))
 
 
 if __name__ == "__main__":

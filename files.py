@@ -1,6 +1,7 @@
 """Files that are never half written: text, JSON, and tensors with a checksum. Nothing is ever unpickled."""
 
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -67,6 +68,12 @@ def read_json(path):
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r:.80}, not an object. Put the right file back.")
     return content
+
+
+def file_hash(path):
+    """Return the first 16 hex digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def to_json(config):

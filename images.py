@@ -80,3 +80,31 @@ def read_image(name, image):
     if image.dtype != np.uint8:
         raise ValueError(f"the image of {name} is {image.dtype}; it must be uint8, or floats in [0, 1]")
     return image.repeat(3 // image.shape[2], 2)
+
+
+def common_sides(datasets, cameras):
+    """Return for each camera slot the side to which images are resized; 0: all data sets store one size, kept as it is.
+
+    cameras: of each data set the names in order. Images whose size the data does not state may differ from one another.
+    """
+    sides = []
+    for slot in range(max(map(len, cameras))):
+        shapes = [
+            dataset.image(names[slot], 0).shape[:2] if slot < len(names) else None
+            for dataset, names in zip(datasets, cameras)
+        ]
+        stated = all(
+            None not in dataset.index.features[dataset.spec.cameras[names[slot]]].shape
+            for dataset, names in zip(datasets, cameras)
+            if slot < len(names)
+        )
+        largest = max(max(shape) for shape in shapes if shape)
+        sides.append(0 if stated and len(set(shapes)) == 1 else largest)
+    return sides
+
+
+def resize_image(pixels, side):
+    """Return u8 [h, w, 3] resized to [side, side, 3], bicubic; as it is for side 0."""
+    if not side or pixels.shape[:2] == (side, side):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import load_tensors_into
 from common import all_mean, autocast, broadcast, to_device
-from files import load_tensors
+from files import file_hash, load_tensors
 from quantiser import QUANTISERS, EMAQuantiser, kmeans, masked_mse
 
 CONSISTENCY_WEIGHT = 0.03  # of the tokenizer's consistency loss; the paper gives none, and more costs reconstruction
@@ -687,5 +687,4 @@ def source_fingerprint(source):
     """Return `fingerprint` of a folder, or a short hash of the bytes of a checkpoint file."""
     if Path(source).is_dir():
         return fingerprint(source)
-    with open(source, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_hash(source)

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from backbone import prompt_ids
-from batches import resize_image
 from checkpoint import load_trainable
 from common import check_bf16_support
 from dataspec import PRESETS, fit_image, format_spec, parse_spec
 from execution import Execution
 from files import load_tensors, read_json
-from images import read_image, store_image
+from images import read_image, resize_image, store_image
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
@@ -49,12 +48,11 @@ def find_run(run):
         raise FileNotFoundError(f"there is no folder {run}, and the Hub has no such run for you: {error}") from error
 
 
-def load_vla(run, text_length=0, backbone=""):
+def load_vla(run, backbone=""):
     """Return (VLA in evaluation mode, config.json of the run).
 
-    text_length: tokens reserved for instructions, if another number than in training; backbone: where the backbone lies
-    now, if not where it was. Raise FileNotFoundError or ValueError when `run` is not a finished run, is damaged, or was
-    trained on another base model.
+    backbone: where the backbone lies now, if not where it was. Raise FileNotFoundError or ValueError when `run` is not
+    a finished run, is damaged, or was trained on another base model.
     """
     run = Path(run)
     for name in ("config.json", "model.safetensors"):
@@ -65,8 +63,6 @@ def load_vla(run, text_length=0, backbone=""):
     try:
         tensors, _ = load_tensors(weights)
         settings = dict(run_config["model"])
-        if text_length:
-            settings["text_length"] = text_length
         if backbone:
             settings["backbone"] = backbone
         config = ModelConfig(**settings)
@@ -123,9 +119,8 @@ class Policy:
         """
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = batch
-        self.backbone = backbone
         self.run = find_run(run)
-        self._load()
+        self._load(backbone)
         statistics = read_json(self.run / "dataset_statistics.json")
         name = data or (next(iter(statistics)) if len(statistics) == 1 else "")
         if name not in statistics:
@@ -155,9 +150,9 @@ class Policy:
         if embodiments := self.vla.config.embodiments:
             self.embodiment = [known for known, *_ in embodiments].index(self.data_entry["embodiment"])
 
-    def _load(self, text_length=0):
+    def _load(self, backbone):
         """Read the run, with LoRA merged into its matrices."""
-        vla, self.run_config = load_vla(self.run, text_length, self.backbone)
+        vla, self.run_config = load_vla(self.run, backbone)
         self.vla = vla.to(self.device)
         merge_lora(self.vla)
         if self.vla.queries.is_cuda:
@@ -179,22 +174,22 @@ class Policy:
         """The number of actions H that are predicted at once."""
         return self.vla.config.chunk
 
+    @property
+    def text_length(self):
+        """The number of tokens that are reserved for an instruction with its request."""
+        return self.vla.backbone.text_length
+
     def text_tokens(self, instruction):
         """Return the number of tokens of an instruction with its request."""
         return len(prompt_ids(self.vla.backbone.tokenizer, instruction, self.chunk))
 
-    @property
-    def text_room(self):
-        """The number of tokens that are reserved for an instruction with its request."""
-        return self.vla.backbone.text_length
-
     def reserve_text(self, tokens):
-        """Reserve at least this many tokens for instructions, by reading the run again.
+        """Reserve at least this many tokens for an instruction with its request.
 
         Padding is masked, so actions for shorter instructions stay the same to rounding.
         """
-        if tokens > self.text_room:
-            self._load((tokens + 7) // 8 * 8)
+        if tokens > self.text_length:
+            self.vla.backbone.reserve_text((tokens + 7) // 8 * 8)
 
     # -- observations ------------------------------------------------------------------------------------------------
 
@@ -276,7 +271,6 @@ class Policy:
                     f"{format_spec(self.spec)}"
                 )
             image = fit_image(image, self.spec.image_fit)
-            height = width = min(height, width)
         return store_image(image, (height, width), **options)
 
     def _read_state(self, observation):
@@ -290,8 +284,9 @@ class Policy:
         if not np.isfinite(state).all():
             wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
             raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
+        state = state.astype(np.float64)
         self._warn_of_range(state)
-        return state.astype(np.float64)
+        return state
 
     def _warn_of_range(self, state):
         """Warn, once for each dimension, of a state [N] that is far from all of training."""
@@ -335,7 +330,7 @@ class Policy:
             actions, _ = self.vla.predict(self._batch(*inputs))
             parts.append(actions[: count - first].float().cpu().numpy())
         actions = self.action.unnormalise(np.concatenate(parts)[..., : len(self.action.low)])
-        return actions.clip(*self.action.limits)
+        return actions.clip(*self.action.limits).astype(np.float32)
 
     def _padding(self, count):
         """Return how many observations are added to `count`."""

@@ -6,7 +6,6 @@ Which episodes keep their actions, which are video; what each embodiment's sizes
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +22,7 @@ from checkpoint import is_restarted, prepare_run, training_saves
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, read_json, shell_command, to_json, write_json
+from files import check_new_folder, git_commit, read_json, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -33,6 +32,7 @@ from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
 from transfer import start_from
+from watch import check_evaluation
 
 LENGTH = {"max_steps", "epochs"}  # settings that a resumed run may change where `check_length` allows it
 
@@ -69,6 +69,8 @@ def prepare(config, ranks, free_to_change):
     cameras = [choose_cameras(config, dataset) for dataset in datasets]
     chunk = choose_chunk(config.chunk, datasets)
     splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
+    if config.instructions:
+        splits = choose_instructions(config.instructions, datasets, splits)
     sources = make_sources(config, datasets, [training for training, _ in splits])
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
@@ -83,7 +85,10 @@ def prepare(config, ranks, free_to_change):
         "train": to_json(config),
         "model": asdict(vla.config),
         "base_hash": base_hash(vla),
-        "data": [describe_data(each, names, dataset.image_sides) for each, names in zip(datasets, cameras)],
+        "data": [
+            describe_data(each, names, dataset.image_sides, config.instructions)
+            for each, names in zip(datasets, cameras)
+        ],
         "targets": [{"fingerprint": part.fingerprint, "delta": part.delta} for part in labels or []],
         "command": sys.argv,
         "commit": git_commit(),
@@ -109,8 +114,8 @@ def prepare(config, ranks, free_to_change):
 
 
 AT_LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)
-AT_LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha".split(), 1)
-AT_LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length".split(), 0)
+AT_LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha eval_trials".split(), 1)
+AT_LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length eval_every".split(), 0)
 AT_LEAST |= dict.fromkeys("per_device_batch_size head_width align_layer weight_decay max_grad_norm".split(), 0)
 
 
@@ -145,6 +150,7 @@ def check_config(config, world):
             raise ValueError(f"{name} has {len(getattr(config, name))} entries for {len(config.data)} data sets")
     if not min(config.data_weights, default=0) >= 0:
         raise ValueError(f"data_weights are {config.data_weights}; none may be negative")
+    check_evaluation(config)
     if len(set(config.cameras)) < len(config.cameras):
         raise ValueError(f"cameras are {', '.join(config.cameras)}; name each once")
     if config.episodes and config.data_fraction < 1:
@@ -189,22 +195,8 @@ def ignored_options(config):
         ("val_every", not config.val_fraction, "--val-fraction 0"),
         ("lora_rank lora_alpha", config.backbone in SIZES, f"--backbone {config.backbone}, which has no LoRA"),
         ("lora_rank lora_alpha", config.tuning in ("full", "frozen"), f"--tuning {config.tuning}, which has no LoRA"),
+        ("eval_trials eval_flags", not config.eval_every, "--eval-every 0"),
     ]
-
-
-def closing_message(setup, done):
-    """Return what to print after `done` updates: how to continue, or, after the last, what to do with the run."""
-    if done < setup.steps:
-        again = f"the same command with --out {shlex.quote(str(setup.run))} --resume"
-        return f"Ctrl-C or SIGTERM: saved after {done} of {setup.steps} steps. Continue: {again}"
-    return f"run: {setup.run}\nnext: {next_command(setup.run, setup.description)}"
-
-
-def next_command(run, description):
-    """Return what to do with a trained run: evaluate it, if a simulator has its robot."""
-    if any(entry["embodiment"] == "libero" for entry in description["data"]):
-        return shell_command("python", "eval.py", run)
-    return f"use it from Python: Policy({json.dumps(str(run))}), see docs/training.md"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,6 +274,17 @@ def choose_cameras(config, dataset):
     return names
 
 
+def choose_instructions(texts, datasets, splits):
+    """Return the splits with only the episodes of these instructions. Raises ValueError for one that there is not."""
+    known = sorted({text for dataset in datasets for text in dataset.instructions()})
+    if unknown := [text for text in texts if text not in known]:
+        raise ValueError(f"instructions: no episode is told {unknown}; there are {known}")
+    return [
+        tuple(part[[dataset.instruction(dataset.starts[e]) in texts for e in part]] for part in split)
+        for dataset, split in zip(datasets, splits)
+    ]
+
+
 def make_sources(config, datasets, episodes):
     """Return the `Source`s of a run: of each data set the episodes with actions, and those that are video.
 
@@ -335,22 +338,26 @@ def held_out_steps(dataset, episodes):
     return found
 
 
-def describe_data(dataset, cameras, sides):
-    """Return what evaluation must know of a data set: description, statistics, how images are stored, its starts."""
+def describe_data(dataset, cameras, sides, instructions=()):
+    """Return what evaluation must know of a data set: description, statistics, how images are stored, its starts.
+
+    instructions: those that are trained, if not all.
+    """
     entry = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "embodiment": dataset.spec.embodiment,
         "spec": to_dict(dataset.spec),
         "statistics": statistics_hash(dataset.stats),
-        "instructions": dataset.instructions(),
+        "instructions": [text for text in dataset.instructions() if text in instructions or not instructions],
         "cameras": {camera: dataset.storage_options(camera) for camera in cameras},
         "image_sides": sides[: len(cameras)],  # to which images are resized before the model; 0: not at all
     }
     metadata = dataset.metadata
     if "suite" in metadata:  # made by demos.py
         entry["suite"] = metadata["suite"][0]
-        entry["tasks"] = sorted(set(metadata["task"]))
+        told = zip(metadata["task"], dataset.starts)  # of each episode, the task and its first step
+        entry["tasks"] = sorted({task for task, step in told if dataset.instruction(step) in entry["instructions"]})
         entry["widen"] = round(metadata["widen"][0], 6)
         entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
     note = dataset.find_beside("expert.json")

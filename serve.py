@@ -109,9 +109,9 @@ class Batcher:
     def _prepare(self, observation):
         prepared = self.policy.prepare(observation)
         tokens = self.policy.text_tokens(observation["instruction"])
-        if tokens > self.policy.text_room:
+        if tokens > self.policy.text_length:
             raise ValueError(
-                f"the instruction takes {tokens} tokens with its request, but {self.policy.text_room} are reserved: "
+                f"the instruction takes {tokens} tokens with its request, but {self.policy.text_length} are reserved: "
                 "start the server with a larger --text-length"
             )
         return prepared

@@ -19,11 +19,11 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from batches import AUGMENTATIONS, StepBatchSampler
+from card import finish_run
 from checkpoint import restore_training, save_training, trainable_tensors
 from common import (
     Log,
@@ -47,13 +47,14 @@ from common import (
 from files import save_tensors
 from index import CACHE
 from model import ACTION_LOSSES, VARIANTS
-from prepare import check_config, closing_message, prepare
+from prepare import check_config, prepare
 from targets import add_action_codes
+from watch import Watch
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
 FREE_TO_CHANGE = set(
     "resume out data labels tokenizer cache num_workers save_every val_every wandb_project per_device_batch_size "
-    "gradient_checkpointing compile keep max_skipped timeout".split()
+    "gradient_checkpointing compile keep max_skipped timeout eval_every eval_trials eval_flags".split()
 )
 LOG_EVERY = 10  # updates, but at most 5 s, between exchanges of losses (and of signals) among the processes
 
@@ -68,6 +69,8 @@ class Config:
     """description of each data set: a JSON file or a preset's name (default: spec.json beside it, or what fits)"""
     data_weights: tuple[float, ...] = ()
     """how often each data set's samples occur in an epoch (default: once)"""
+    instructions: tuple[str, ...] = ()
+    """train only on the episodes with these instructions (default: all)"""
     data_fraction: float = 1.0
     """share of each instruction's training episodes that keep their actions, at least one unless 0"""
     episodes: int = 0
@@ -169,6 +172,12 @@ class Config:
     """steps between evaluations on held-out episodes"""
     save_every: int = 1000
     """steps between saves"""
+    eval_every: int = 0
+    """steps between evaluations of saves in simulators, while training goes on (default: none)"""
+    eval_trials: int = 5
+    """trials of each task in each of these"""
+    eval_flags: str = ""
+    """more options of eval.py for them, as --eval-flags='--suite libero_goal --envs 4'"""
     keep: int = 2
     """saves that stay: should the newest be damaged, the one before it is taken"""
     max_skipped: int = 10
@@ -336,6 +345,7 @@ def main(config):
     workers = worker_options(choose_workers(config.num_workers, cuda), config.timeout)
     batches = iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=cuda, **workers))
     log = Log(run, ranks.main, first, config.wandb_project, setup.description)
+    watch = Watch(config, run, first, log, ranks.main)
     trained = sum(parameter.numel() for parameter in vla.parameters() if parameter.requires_grad)
     print0(
         f"{config.variant}: {trained:,} trained parameters, {dataset.epoch_length:,} samples an epoch, "
@@ -364,7 +374,7 @@ def main(config):
             add_losses(totals, losses, batch.get("source"), dataset.source_names, accumulation)
 
         means = totals["means"]
-        means["grad_norm"] = nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm or torch.inf)
+        means["grad_norm"] = torch.nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm or torch.inf)
         means["skipped"] = (~means["grad_norm"].isfinite()).float()
         optimizer.found_inf = means["skipped"]  # a tensor on the device, as the fused AdamW asks; 1: nothing changes
         optimizer.step()
@@ -383,18 +393,21 @@ def main(config):
             entries, stopping, speed = write_log(log, pending, signals.is_set())
             log_every = max(1, min(LOG_EVERY, int(5 * speed / config.global_batch_size)))
             skipped = count_skipped(entries, skipped, config, setup)
+            watch.report(step)
             shown = entries[-1]
             bar.set_postfix(loss=f"{shown['loss']:.3f}", lr=f"{lr:.1e}", samples_per_s=f"{shown['samples_per_s']:.0f}")
         if ranks.main and (saving or stopping):
             last = stopping or done == steps
             weights = trainable_tensors(vla) | average.tensors
             save_training(run, vla, optimizer, done, weights, log, config.keep, last, average)
+            watch.begin(done)
         if stopping:
             break
 
-    log.close()
     shutdown_distributed()
-    print0(closing_message(setup, done))
+    watch.finish(steps, stopping, signals)
+    log.close()
+    finish_run(setup, done, ranks.main)
     return run
 
 

@@ -1,6 +1,7 @@
 """What the tests share, each made once per session: a simulator, small RLDS data sets with labels, a trained run."""
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -567,3 +568,21 @@ def t5(tmp_path_factory):
     sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=len(words))
     T5EncoderModel(T5Config(**sizes)).save_pretrained(out)
     return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Another simulator
+
+
+@pytest.fixture
+def line(tmp_path, monkeypatch):
+    """The simulator of docs/fork.md, a point on a line, as eval.py knows it in this process and its simulators'."""
+    import eval as evaluation
+
+    (simulator,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/fork.md").read_text(), re.S)
+    (tmp_path / "line_sim.py").write_text(simulator)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(evaluation.SIMULATORS, "line", "line_sim")
+    yield importlib.import_module("line_sim")
+    monkeypatch.delitem(sys.modules, "line_sim")

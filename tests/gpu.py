@@ -201,7 +201,7 @@ common.shutdown_distributed()
 
 
 def compare_policy(folder):
-    """A policy on the device, compiled with CUDA graphs on a GPU, answers as on the CPU."""
+    """A policy on the device, compiled with CUDA graphs on a GPU, acts as on the CPU; a longer instruction, too."""
     import numpy as np
 
     from data import open_dataset
@@ -210,15 +210,21 @@ def compare_policy(folder):
     if not (folder / "la_align").exists():
         run(train_command(folder, "la_align", 2), 60)
     dataset = open_dataset(ROOT / "data/libero_tiny", folder / "cache")
-    answers = []
+    observations = [
+        {
+            "images": {camera: dataset.image(camera, step) for camera in dataset.cameras},
+            "state": dataset.state([step])[0],
+            "instruction": dataset.instruction(step),
+        }
+        for step in range(2)
+    ]
+    longer = observations[0] | {"instruction": 3 * "put the bowl on the plate and then "}
+    actions = {}
     for device in ("cpu", device_name()):
         policy = Policy(folder / "la_align", device=device)
-        for count in (1, 2, 1):
-            images = [np.stack([dataset.image(camera, n) for n in range(count)]) for camera in dataset.cameras]
-            texts = [dataset.instruction(n) for n in range(count)]
-            actions = policy(images, texts, dataset.state(np.arange(count)))
-        answers.append(actions)
-    difference = np.abs(answers[0] - answers[1]).max()
+        batches = [observations[:1], observations, [longer], observations[:1]]
+        actions[device] = np.concatenate([policy(batch) for batch in batches])
+    difference = np.abs(actions["cpu"] - actions[device]).max()
     if difference > 0.05:
         raise AssertionError(f"actions differ from the CPU's by {difference:.3f}")
     return f"actions differ from the CPU's by at most {difference:.1e} (bf16 on a GPU)"

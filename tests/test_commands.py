@@ -4,14 +4,15 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
 from data_helpers import copy_rlds
 
+import card
 import label
-import prepare
 import results
 import train
 import train_latent
@@ -43,13 +44,13 @@ def test_words_flags_and_empty_options():
     assert words[8:] == ["0", "--no-centre", "--blind"]
 
 
-def test_next_command_of_a_run(run, tmp_path):
+def test_next_command_of_a_run(tmp_path, capsys):
     """Evaluation, or Python where no simulator has the robot; how to continue an interrupted run."""
     description = {"data": [{"embodiment": "libero"}]}
-    assert shlex.split(prepare.next_command(Path("my runs/a"), description)) == ["python", "eval.py", "my runs/a"]
-    assert 'Policy("my runs/a")' in prepare.next_command(Path("my runs/a"), {"data": [{"embodiment": "arm"}]})
-    setup = prepare.Setup(None, [], None, None, tmp_path / "a run", False, description, 9, 0.0)
-    (again,) = re.findall("--out .*", prepare.closing_message(setup, 4))
+    assert shlex.split(card.next_command(Path("my runs/a"), description)) == ["python", "eval.py", "my runs/a"]
+    assert 'Policy("my runs/a")' in card.next_command(Path("my runs/a"), {"data": [{"embodiment": "arm"}]})
+    card.finish_run(SimpleNamespace(run=tmp_path / "a run", steps=9), 4, True)
+    (again,) = re.findall("--out .*", capsys.readouterr().out)
     assert shlex.split(again) == ["--out", str(tmp_path / "a run"), "--resume"]
     (tmp_path / "a run").mkdir()
     with pytest.raises(FileNotFoundError) as caught:

@@ -16,7 +16,7 @@ from PIL import Image
 
 import demos
 from data import open_dataset
-from rollout import encode_image
+from images import encode_image
 
 ROOT = Path(__file__).resolve().parents[1]
 

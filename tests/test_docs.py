@@ -21,9 +21,15 @@ from model import VARIANTS
 README = (ROOT / "README.md").read_text()
 MADE_BY_A_RUN = {
     "compare.png",
+    "curves.png",
     "line_sim.py",
     "captions.json",
     "OUT/gpu.md",
+    "report.md",
+    "results.json",
+    "success.png",
+    "RUN/README.md",
+    "RUN/watch/output.txt",
 }  # files that the documents name and that a command writes
 
 
@@ -154,7 +160,7 @@ def test_evaluation_and_comparison(trained):
 
     (trained / "eval.jsonl").write_bytes((trained / "eval-blind.jsonl").read_bytes())
     replaced = {"RUN": str(trained), "RUN/eval-blind.jsonl": str(trained / "eval-blind.jsonl")}
-    text = run_here(printed("python eval.py --compare"), **replaced)
+    text = run_here(printed("python eval.py --compare RUN RUN/eval-blind.jsonl"), **replaced)
     assert "minus A:   +0.0 (-65.3 to +65.3), p = 1" in text and (trained / "compare.png").exists()
 
 
@@ -165,12 +171,28 @@ def test_replay_of_the_embedded_data(tmp_path):
 
 
 def test_policy_example(trained):
-    """The Python lines give a chunk of physical actions."""
-    (code,) = (text for kind, text in BLOCKS if kind == "python" and "Policy(" in text)
-    pixels = np.zeros((1, 96, 96, 3), np.uint8)
-    names = {"image": pixels, "wrist_image": pixels, "proprio": np.zeros((1, 8), np.float32)}
-    exec(code.replace("runs/NAME", str(trained)), names)
-    assert names["actions"].shape == (1, 8, 7)
+    """The Python lines give a chunk of physical actions; those of the loop execute half of each, then ask again."""
+    python = [text for kind, text in BLOCKS if kind == "python"]
+    (example,) = (text for text in python if "Policy(" in text and "openpi" not in text)
+    (loop,) = (text for text in python if "controller(" in text)
+    pixels = np.zeros((256, 256, 3), np.uint8)
+    names = {"image": pixels, "wrist_image": pixels, "proprio": np.zeros(8)}
+    exec(example.replace("runs/NAME", str(trained)), names)
+    assert names["actions"].shape == (8, 7)
+    executed = []
+    asked = []
+
+    def observe():
+        asked.append(len(executed))
+        return names["observation"]
+
+    def act(action):
+        executed.append(action)
+        names["done"] = len(executed) == 10
+
+    names |= {"done": False, "observe": observe, "act": act}
+    exec(loop, names)
+    assert asked == [0, 4, 8] and np.array_equal(executed[:4], names["actions"][:4])
 
 
 def test_looking_at_the_embedded_data():

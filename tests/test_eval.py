@@ -1,7 +1,9 @@
 """eval.py: what is played, simulators that fail, simulators other than LIBERO, the commands."""
 
+import functools
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,8 +30,8 @@ from normalise import Normaliser
 
 @pytest.fixture(scope="module")
 def cameras(dataset):
-    """How the training images were stored, as a run's config states it."""
-    return {name: dataset.storage_options(name) for name in dataset.cameras}
+    """The sizes of the training images, as an evaluation takes them from a run's config."""
+    return {name: dataset.storage_options(name)["size"] for name in dataset.cameras}
 
 
 TOY = """
@@ -131,7 +133,8 @@ ENTRY = {
 
 def plan(entry, **flags):
     """Return the episodes that are planned for a run on one data set."""
-    return evaluation.plan_trials(evaluation.Config(**{"trials": 2} | flags), SimpleNamespace(data_entry=entry))
+    policy = SimpleNamespace(data_entry=entry, chunk=8)
+    return evaluation.plan_trials(evaluation.Config(**{"trials": 2} | flags), policy)
 
 
 def kinds(episodes):
@@ -283,6 +286,12 @@ def play_all(episodes, act, envs=1, watchdog=200.0):
     return outcomes
 
 
+def key_of(observation):
+    """Return all that a policy gets, in every bit."""
+    images = (image.tobytes() for image in observation["images"].values())
+    return observation["instruction"], *images, observation["state"].tobytes()
+
+
 @pytest.fixture(scope="module")
 def table(sim, cameras):
     """The scripted expert behind the policy's interface, on three starts: (table, {seed: steps}).
@@ -295,8 +304,7 @@ def table(sim, cameras):
         expert.reset()
         for step in range(300):
             if step % 8 == 0:
-                images, proprio = rollout.policy_observation(sim, cameras)
-                chunk = chunks[TASK, *(image.tobytes() for image in images), proprio.tobytes()] = []
+                chunk = chunks[key_of(rollout.make_observation(sim, episode(cameras=cameras)))] = []
             chunk.append(expert.act())
             if sim.step(chunk[-1], render=step % 8 == 7):
                 break
@@ -309,14 +317,12 @@ def test_expert_behind_the_policy_interface(table, cameras):
     in all."""
     known, lengths = table
 
-    def policy(images, instructions, proprio, gripper):
-        assert gripper == "robosuite"  # as the expert commands it
-        samples = zip(instructions, *images, proprio)
-        chunks = [np.array(known[text, *(view.tobytes() for view in views)]) for text, *views in samples]
-        return np.stack([np.concatenate([chunk, chunk[-1:].repeat(8 - len(chunk), 0)]) for chunk in chunks])
+    def act(observations):
+        chunks = [np.array(known[key_of(observation)]) for observation in observations]
+        return [np.concatenate([chunk, chunk[-1:].repeat(8 - len(chunk), 0)]) for chunk in chunks]
 
     episodes = [episode(seed=seed, trial=seed, widen=0.06, cameras=cameras, max_steps=300) for seed in range(3)]
-    outcomes = play_all(episodes, pool.batch_policy(policy, 3), 2)
+    outcomes = play_all(episodes, act, 2)
     assert {seed: (result["success"], result["steps"]) for seed, result in outcomes.items()} == {
         seed: (True, steps) for seed, steps in lengths.items()
     }
@@ -326,13 +332,13 @@ def test_expert_behind_the_policy_interface(table, cameras):
 def test_trained_policy_does_not_depend_on_the_number_of_simulators(toy, run, cameras):
     """Four short trials: the same observations and the same actions, bit for bit, one after another in this process and
     at the same time in three others; and the same actions for all observations at once."""
-    act, alone, together = pool.batch_policy(policies.Policy(run.folder), 3), {}, {}
+    act = functools.partial(policies.Policy(run.folder, batch=3), gripper="robosuite")
+    alone, together = {}, {}
 
     def keep(observations, kept):
         chunks = act(observations)
         for observation, actions in zip(observations, chunks):
-            _, images, proprio = observation
-            kept[*(image.tobytes() for image in images), proprio.tobytes(), actions.tobytes()] = observation
+            kept[*key_of(observation), actions.tobytes()] = observation
         return chunks
 
     def slowly(observations):
@@ -341,7 +347,7 @@ def test_trained_policy_does_not_depend_on_the_number_of_simulators(toy, run, ca
 
     short = [toy_episode(seed=seed, cameras=cameras, max_steps=9) for seed in range(4)]
     for one in short:
-        rollout.play(toy.Sim("line", 0), one, lambda *observation: keep([(TASK, *observation)], alone)[0])
+        rollout.play(toy.Sim("line", 0), one, lambda observation: keep([observation], alone)[0])
     play_all(short, slowly, 3)
     assert len(alone) == 8 and alone.keys() == together.keys()
     assert [actions.tobytes() for actions in act(list(alone.values()))] == [key[-1] for key in alone]
@@ -384,15 +390,15 @@ def test_sick_simulators_are_replaced(toy, cameras, tmp_path, monkeypatch):
     sick = {0: [signal.SIGSTOP], 1: [signal.SIGKILL], 2: []}
 
     def act(observations):
-        ((text, _, _),) = observations
-        if sick[int(text)]:
+        seed = int(observations[0]["instruction"])
+        if sick[seed]:
             (child,) = children()
-            if sick[int(text)][0] == signal.SIGSTOP:
+            if sick[seed][0] == signal.SIGSTOP:
                 clock.stopped = child
             else:
                 for name in ("one", "two"):
                     (orders / name).touch()
-            os.kill(child, sick[int(text)].pop())
+            os.kill(child, sick[seed].pop())
         return [np.zeros((8, 7), np.float32)]
 
     video = tmp_path / "line-task0-seed0.mp4"
@@ -439,20 +445,6 @@ def test_task_that_cannot_be_opened_ends_the_evaluation(cameras, monkeypatch):
     assert children() == []
 
 
-def test_batch_is_padded_and_split():
-    """Five observations at a batch of three: two calls of three samples, actions in order, robosuite's gripper."""
-    calls = []
-
-    def policy(images, instructions, proprio, gripper):
-        calls.append((images[0].shape, instructions, gripper))
-        return proprio[:, None]
-
-    observations = [(str(n), [np.full((4, 4, 3), n, np.uint8)], np.full(8, n, np.float32)) for n in range(5)]
-    actions = pool.batch_policy(policy, 3)(observations)
-    assert calls == [((3, 4, 4, 3), ["0", "1", "2"], "robosuite"), ((3, 4, 4, 3), ["3", "4", "3"], "robosuite")]
-    assert [a[0].tolist() for a in actions] == [[n] * 8 for n in range(5)]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A simulator that is not LIBERO
 
@@ -496,9 +488,8 @@ def test_success_in_a_new_simulator_is_its_own_check(toy, cameras):
     """Actions towards the goal succeed after as many steps as the way is long, actions away from it never."""
 
     def act(observations):
-        return [
-            np.tile(np.float32([1 if text == "right" else -1, 0, 0, 0, 0, 0, 1]), (8, 1)) for text, _, _ in observations
-        ]
+        towards = [1 if observation["instruction"] == "right" else -1 for observation in observations]
+        return [np.tile(np.float32([side, 0, 0, 0, 0, 0, 1]), (8, 1)) for side in towards]
 
     episodes = [
         replace(toy_episode(cameras=cameras), task=1, seed=n, prompt=text) for n, text in enumerate(("right", "left"))
@@ -507,6 +498,50 @@ def test_success_in_a_new_simulator_is_its_own_check(toy, cameras):
     start = np.random.default_rng(0).uniform(-0.5, 0.5, 3)[0]
     assert (outcomes[0]["reason"], outcomes[0]["steps"]) == ("success", np.ceil((0.99 - start) / 0.1))
     assert (outcomes[1]["reason"], outcomes[1]["steps"]) == ("step limit", 20)
+
+
+def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatch):
+    """With --execute 3 the policy gets an observation at every third step, by default at every eighth. It stands in the
+    name of the result file and in each trial."""
+    config = evaluation.Config(run=str(run.folder), simulator="toy", suite=("line",), task_ids=(0,), trials=2, envs=1)
+    asked = []
+
+    class CountingPolicy(policies.Policy):
+        def __call__(self, observations, gripper):
+            asked.extend(observations)
+            return super().__call__(observations, gripper)
+
+    monkeypatch.setattr(evaluation, "Policy", CountingPolicy)
+    for flags, name, every in (
+        ({}, "eval-toy.jsonl", 8),
+        ({"execute": 3}, "eval-toy-execute-3.jsonl", 3),
+        ({"execute": 3, "average_chunks": True}, "eval-toy-execute-3-average-chunks.jsonl", 3),
+    ):
+        asked.clear()
+        evaluation.main(replace(config, **flags))
+        trials = results.read_trials(run.folder / name)
+        assert len(asked) == sum(math.ceil(trial["steps"] / every) for trial in trials) and len(trials) == 2
+        for trial in trials:
+            assert {key: value for key, value in trial["settings"].items() if key in evaluation.EXECUTION} == flags
+        (run.folder / name).unlink()
+    for flags, message in (
+        ({"execute": 9}, "execute is 9; the policy predicts 8 actions at once, so it may be 1 to 8"),
+        ({"execute": -1}, "execute is -1"),
+        ({"average_chunks": True}, "do not overlap: lower execute"),
+        ({"average_chunks": True, "execute": 8}, "do not overlap: lower execute"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.main(replace(config, **flags))
+
+
+def test_averaged_chunks_are_executed(toy):
+    """A chunk of 0.5 and then one of -0.5: where both plan a step it is their mean, in which the older counts more."""
+    chunks = iter([np.full((8, 7), value, np.float32) for value in (0.5, -0.5)])
+    options = dict(execute=2, average=True, max_steps=4, cameras={})
+    _, executed = rollout.play(toy.Sim("line", 0), toy_episode(**options), lambda observation: next(chunks))
+    assert np.allclose([action[0] for action in executed[:2]], 0.5)
+    mean = 0.5 * (1 - np.exp(-0.01)) / (1 + np.exp(-0.01))
+    assert np.allclose([action[0] for action in executed[2:]], mean)
 
 
 def test_run_that_does_not_fit_a_new_simulator_is_refused(toy, run, monkeypatch):

@@ -328,13 +328,14 @@ def test_what_is_proposed_trains(proposed, make_config, script_here):
     dataset = data.open_dataset(proposed, proposed.parent / "cache")
     policy = Policy(proposed.parent / "aligned")
     assert list(policy.data_entry["cameras"]) == dataset.cameras == ["front", "side", "wrist"]
-    images = [dataset.image(camera, 20)[None] for camera in dataset.cameras]
-    assert [image.shape[1:3] for image in images] == [(64, 64), (32, 32), (80, 80)]
-    (actions,) = policy(images, [dataset.instruction(20)], dataset.state([20]))
-    low, high = (np.array(dataset.stats["action"][bound]) for bound in ("q01", "q99"))
-    assert actions.shape == (8, 5) and (actions > low - high + low).all() and (actions < high + high - low).all()
+    images = {camera: dataset.image(camera, 20) for camera in dataset.cameras}
+    assert [image.shape[:2] for image in images.values()] == [(64, 64), (32, 32), (80, 80)]
+    observation = {"images": images, "state": dataset.state([20])[0], "instruction": dataset.instruction(20)}
+    actions = policy(observation)
+    low, high = (np.array(dataset.stats["action"][bound]) for bound in ("low", "high"))
+    assert actions.shape == (8, 5) and (actions[:, :4] >= low[:4] - 1e-6).all() and (actions <= high + 1e-6).all()
     assert dataset.spec.action_names == ["dx", "dy", "dz", "yaw", "grip"]
-    for_robosuite = policy(images, [dataset.instruction(20)], dataset.state([20]), "robosuite")[0]
+    for_robosuite = policy(observation, "robosuite")
     assert np.array_equal(actions[:, :4], for_robosuite[:, :4]) and set(for_robosuite[:, 4]) <= {-1, 0, 1}
 
 

@@ -137,7 +137,7 @@ def test_policy_and_validation_leave_the_device_at_the_end_alone(run, dataset, m
     actions, _ = policy.vla.predict(batch)
     assert actions.shape == (1, 8, 7) and actions.device == META
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        policy(images, [dataset.instruction(3)], dataset.state([3]))
+        policy.predict(images, [dataset.instruction(3)], dataset.state([3]))
     chunks = ActionChunks([dataset], [dataset.cameras], 8)
     read = []
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read.append(tensor) or 0.5)

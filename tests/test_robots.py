@@ -1,6 +1,7 @@
 """Other robots, several robots at once, and video without actions: from the data to a policy's actions."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +86,12 @@ def config_for(robots, made, cache, action_tokenizer):
     return make
 
 
+def observe(dataset, step, read=None):
+    """Return what a policy of a data set gets at a step. read(camera) -> image (default: as training reads it)."""
+    images = {camera: (read or dataset.image)(camera, step) for camera in dataset.cameras}
+    return {"images": images, "state": dataset.state([step])[0], "instruction": dataset.instruction(step)}
+
+
 def log_of(run):
     """Return the objects in a run's log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -104,14 +111,18 @@ def test_any_robot_goes_the_whole_way(name, variant, config_for, made, tmp_path)
     sizes = policy.vla.config
     expected = (25, 14, 14, 3) if name == "two_arms" else (20, 5, 0, 1)
     assert (sizes.chunk, sizes.action_size, sizes.proprio_size, sizes.cameras) == expected
-    images = [dataset.index.image(path, 3)[None] for path in dataset.spec.cameras.values()]  # as a camera gives them
-    actions = policy(images, [dataset.instruction(3)], dataset.state([3]))
-    assert actions.shape == (1, *expected[:2]) and np.isfinite(actions).all()
+
+    def as_the_camera_gives_it(camera, step):
+        return dataset.index.image(dataset.spec.cameras[camera], step)
+
+    actions = policy(observe(dataset, 3, as_the_camera_gives_it))
+    assert actions.shape == expected[:2] and np.isfinite(actions).all()
     batch = default_collate([prepared(config_for([name], tmp_path / "again", variant=variant)).dataset.sample(0, 3)])
     with torch.no_grad():
         normalised, _ = policy.vla.predict(batch)
     physical = dataset.action_normaliser.unnormalise(normalised.numpy())
-    assert np.allclose(actions, physical, atol=1e-5)  # these grippers are 1 open and 0 closed in the data, too
+    # these grippers are 1 open and 0 closed in the data, too
+    assert np.allclose(actions, physical[0].clip(*policy.action.limits), atol=1e-5)
 
 
 def prepared(config):
@@ -140,30 +151,34 @@ def test_images_that_are_not_square_are_padded_in_training_and_in_the_policy(mad
     assert not frame[:8].any() and not frame[56:].any()
 
 
-def test_observation_that_does_not_fit_is_refused(config_for, made, tmp_path):
-    """By the camera's name, what came and what was expected; a grey image is repeated as in training."""
+def test_frame_of_another_shape_is_made_square_as_in_training_or_refused(config_for, made, tmp_path):
+    """Padded where the description says so; where it says nothing, the error names the camera, both sizes and it."""
     train.main(config_for(["five_joints"], tmp_path / "run", variant="baseline"))
     policy = Policy(tmp_path / "run")
-    dataset, _ = made["five_joints"]
-    (camera,) = dataset.cameras
-    image = dataset.image(camera, 3)[None]
-    text = [dataset.instruction(3)]
-    grey = image[..., :1]
-    assert np.array_equal(policy([grey], text, None), policy([grey.repeat(3, 3)], text, None))
-    wrong = {
-        f"images of 2 cameras; the policy has {camera}": [image, image],
-        f"images of {camera} are float32 .* must be uint8": [image.astype(np.float32)],
-        rf"images of {camera} are uint8 \(3, .*must be uint8 \[1, height, width, 3\]": [image.transpose(0, 3, 1, 2)[0]],
-        "have 40 x 30 pixels, but the policy was trained on square ones": [image[:, :40, :30]],
-    }
-    for message, images in wrong.items():
-        with pytest.raises(ValueError, match=message):
-            policy(images, text, None)
+    observation = observe(made["five_joints"][0], 3)
+    observation["images"]["front"] = observation["images"]["front"][:40, :30]
+    with pytest.raises(ValueError, match='(?s)image of front has 40 x 30 pixels, .* had 64 x 64: pad or crop.*"front"'):
+        policy(observation)
     train.main(config_for(["two_arms"], tmp_path / "arms", variant="baseline"))
-    arms, (dataset, _) = Policy(tmp_path / "arms"), made["two_arms"]
-    images = [dataset.image(camera, 3)[None] for camera in dataset.cameras]
-    with pytest.raises(ValueError, match=r"proprio has the shape \(14,\); it must be \(1, 14\)"):
-        arms(images, text, dataset.state([3])[0])
+    dataset, _ = made["two_arms"]
+    policy = Policy(tmp_path / "arms")
+    frame = dataset.index.image("observation.images.left", 4)
+    assert frame.shape == (48, 64, 3) and np.array_equal(policy.stored("left", frame), dataset.image("left", 4))
+
+
+def test_images_that_are_squeezed_keep_their_stored_size(config_for, robots, cache, tmp_path):
+    """Of a frame of their shape, or of another: both in one batch."""
+    folder = shutil.copytree(robots["two_arms"], tmp_path / "two_arms")
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps(spec | {"image_fit": "squeeze"}))
+    train.main(config_for(["two_arms"], tmp_path / "run", variant="baseline", data=(folder,)))
+    policy = Policy(tmp_path / "run")
+    observation = observe(open_dataset(folder, cache), 3)
+    square = np.zeros((90, 90, 3), np.uint8)
+    assert policy.stored("left", observation["images"]["left"]).shape == (48, 64, 3)
+    assert policy.stored("left", square).shape == (48, 64, 3)
+    other = observation | {"images": observation["images"] | {"left": square}}
+    assert policy([observation, other]).shape == (2, 25, 14)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,8 +219,7 @@ def test_two_robots_train_one_policy(variant, config_for, made, tmp_path):
     for name in names:
         dataset, _ = made[name]
         policy = Policy(tmp_path / "run", name)
-        images = [dataset.image(camera, 3)[None] for camera in dataset.cameras]
-        assert policy(images, [dataset.instruction(3)], dataset.state([3])).shape == (1, 25, dataset.action_size)
+        assert policy(observe(dataset, 3)).shape == (25, dataset.action_size)
     with pytest.raises(ValueError, match="has statistics of .*choose one of them"):
         Policy(tmp_path / "run")
 

@@ -9,7 +9,7 @@ from eval_helpers import episode
 from PIL import Image
 
 import rollout
-from rollout import encode_image
+from images import encode_image, store_image
 
 
 class Recorder:
@@ -18,8 +18,9 @@ class Recorder:
     def __init__(self):
         self.observations, self.chunks, self.rng = [], [], np.random.default_rng(0)
 
-    def __call__(self, images, proprio):
-        self.observations.append(([image.copy() for image in images], proprio.copy()))
+    def __call__(self, observation):
+        images = [image.copy() for image in observation["images"].values()]
+        self.observations.append((images, observation["state"].copy()))
         motion = self.rng.uniform(-0.2, 0.2, (8, 6))
         self.chunks.append(np.concatenate([motion, -np.ones((8, 1))], 1).astype(np.float32))
         return self.chunks[-1]
@@ -27,8 +28,8 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def cameras(dataset):
-    """How the training images were stored, as a run's config states it."""
-    return {name: dataset.storage_options(name) for name in dataset.cameras}
+    """The sizes of the training images, as an evaluation takes them from a run's config."""
+    return {name: dataset.storage_options(name)["size"] for name in dataset.cameras}
 
 
 @pytest.fixture
@@ -50,28 +51,38 @@ def steps(sim, monkeypatch):
     return taken
 
 
-def test_observation_equals_the_training_path(sim, cameras):
-    """A policy's images are the pixels of the JPEG that demos.py would have stored, at each camera's own quality."""
+def test_observation_equals_the_training_path(sim, cameras, dataset):
+    """An observation has the frames as they are drawn. Stored as the data says, they are the pixels of the JPEG that
+    demos.py would have stored, at each camera's own quality."""
     sim.start(1)
-    (image, wrist), proprio = rollout.policy_observation(sim, cameras)
+    observation = rollout.make_observation(sim, episode(cameras=cameras))
     observed = sim.observe()
-    for pixels, name, quality in ((image, "image", 85), (wrist, "wrist_image", 70)):
+    assert list(observation["images"]) == ["image", "wrist_image"]
+    for name, quality in (("image", 85), ("wrist_image", 70)):
+        frame = observation["images"][name]
+        assert np.array_equal(frame, observed[name]) and frame.shape == (256, 256, 3)
+        pixels = store_image(frame, **dataset.storage_options(name))
         stored = encode_image(observed[name], 96, quality=quality)
         assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(stored))))
-    assert np.array_equal(proprio, observed["state"]) and proprio.dtype == np.float32
-    (only,), _ = rollout.policy_observation(sim, {"wrist_image": cameras["wrist_image"]})
-    assert np.array_equal(only, wrist)
+    state = observation["state"]
+    assert np.array_equal(state, observed["state"]) and state.dtype == np.float32
+    assert observation["instruction"] == episode().prompt
+    one_camera = episode(cameras={"wrist_image": cameras["wrist_image"]})
+    assert list(rollout.make_observation(sim, one_camera)["images"]) == ["wrist_image"]
 
 
-def test_chunks_run_open_loop_and_cameras_draw_only_for_observations(sim, cameras, steps):
-    """20 steps are 8 + 8 + 4: three observations, all actions in order, a frame at each chunk's end."""
+@pytest.mark.parametrize("execute, count", ((8, 3), (5, 4)))
+def test_chunks_run_open_loop_and_cameras_draw_only_for_observations(execute, count, sim, cameras, steps):
+    """20 steps are 8 + 8 + 4, or four times the first 5 of a chunk: an observation for each, their actions in order, a
+    frame only before a new observation."""
     policy = Recorder()
-    success, executed = rollout.play(sim, episode(seed=2, cameras=cameras), policy)
-    assert (success, len(executed), len(policy.observations)) == (False, 20, 3)
-    assert np.array_equal([action for action, _, _ in steps], np.concatenate(policy.chunks)[:20])
-    ends = [number in (7, 15, 19) for number in range(20)]
+    success, executed = rollout.play(sim, episode(seed=2, cameras=cameras, execute=execute), policy)
+    assert (success, len(executed), len(policy.observations)) == (False, 20, count)
+    parts = [chunk[:execute] for chunk in policy.chunks]
+    assert np.array_equal([action for action, _, _ in steps], np.concatenate(parts)[:20])
+    ends = [(number + 1) % execute == 0 for number in range(20)]
     assert [render for _, render, _ in steps] == ends and [drawn for _, _, drawn in steps] == ends
-    positions = np.array([proprio[:3] for _, proprio in policy.observations])
+    positions = np.array([state[:3] for _, state in policy.observations])
     assert np.linalg.norm(np.diff(positions, axis=0), axis=1).min() > 1e-3  # each observation is a new one
 
 
@@ -81,25 +92,24 @@ def test_blind_policy_gets_black_images_that_nobody_draws(sim, cameras, steps):
     rollout.play(sim, episode(cameras=cameras, max_steps=9), seeing)
     rollout.play(sim, episode(cameras=cameras, max_steps=9, blind=True), blind)
     assert not any(drawn for _, _, drawn in steps)
-    for (black, proprio), (images, other) in zip(blind.observations, seeing.observations, strict=True):
+    for (black, state), (images, other) in zip(blind.observations, seeing.observations, strict=True):
         assert [image.shape for image in black] == [(96, 96, 3)] * 2 and not any(image.any() for image in black)
-        assert all(image.any() for image in images) and np.array_equal(proprio, other)
+        assert all(image.any() for image in images) and np.array_equal(state, other)
 
 
 def test_one_camera_can_be_black_and_two_exchanged(sim, cameras):
-    """The others stay as they are; exchanged views are stored at the size of the camera whose place they take."""
-    plain, black, swapped = Recorder(), Recorder(), Recorder()
-    small = cameras | {"wrist_image": cameras["wrist_image"] | {"size": 64}}
-    for policy, controls in ((plain, {}), (black, {"black_camera": "wrist_image"}), (swapped, {"swap_cameras": True})):
+    """The others stay as they are; each exchanged view has the other's name."""
+    unchanged, black, swapped = Recorder(), Recorder(), Recorder()
+    small = cameras | {"wrist_image": 64}
+    for policy, controls in (
+        (unchanged, {}),
+        (black, {"black_camera": "wrist_image"}),
+        (swapped, {"swap_cameras": True}),
+    ):
         rollout.play(sim, episode(cameras=small, max_steps=1, **controls), policy)
-    ((main, wrist), _), ((same, none), _), ((first, second), _) = (p.observations[0] for p in (plain, black, swapped))
+    (main, wrist), (same, none), (first, second) = (p.observations[0][0] for p in (unchanged, black, swapped))
     assert np.array_equal(same, main) and none.shape == (64, 64, 3) and not none.any() and wrist.any()
-    assert first.shape == (96, 96, 3) and second.shape == (64, 64, 3)
-    for view, right, wrong in ((first, wrist, main), (second, main, wrist)):
-        errors = [
-            np.abs(np.array(Image.fromarray(x).resize(view.shape[:2]), float) - view).mean() for x in (right, wrong)
-        ]
-        assert errors[0] < 6 < errors[1]
+    assert np.array_equal(first, wrist) and np.array_equal(second, main) and not np.array_equal(main, wrist)
 
 
 def test_success_ends_the_episode(sim, cameras, steps, monkeypatch):
@@ -116,8 +126,8 @@ def test_drawing_every_step_changes_nothing(sim, cameras):
         policy = Recorder()
         rollout.play(sim, episode(seed=3, widen=0.06, cameras=cameras, max_steps=9), policy, every_step)
         observations.append(policy.observations)
-    for (images, proprio), (others, other) in zip(*observations, strict=True):
-        assert all(map(np.array_equal, images, others)) and np.array_equal(proprio, other)
+    for (images, state), (others, other) in zip(*observations, strict=True):
+        assert all(map(np.array_equal, images, others)) and np.array_equal(state, other)
 
 
 def test_video_shows_the_episode_again(sim, cameras, tmp_path):

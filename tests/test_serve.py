@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgpack
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, printed
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -38,10 +38,11 @@ ANSWERED = (
 
 
 class Server:
-    """`python serve.py` in a process of its own, on a free port."""
+    """A command of docs/serving.md in a process of its own, on a free port."""
 
-    def __init__(self, run, *options):
-        command = [sys.executable, "serve.py", str(run.folder), "--port", "0", *options]
+    def __init__(self, run, printed_command, *options):
+        words = [str(run.folder) if word == "RUN" else word for word in printed_command[1:]]
+        command = [sys.executable, *words, "--port", "0", *options]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         line = self.process.stdout.readline()
         assert "serving" in line, line
@@ -68,7 +69,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(run):
     """A server that speaks openpi's protocol, to three clients at most, in messages of at most 2 MB."""
-    made = Server(run, "--batch", "3", "--max-clients", "3", "--max-message", "2")
+    made = Server(run, printed("python serve.py RUN"), "--batch", "3", "--max-clients", "3", "--max-message", "2")
     yield made
     made.process.kill()
     made.process.wait()
@@ -249,7 +250,7 @@ def test_vla_evals_own_clients(run, policy, sim, tmp_path):
     sends first is what this project's simulator shows at the same start. Then ctrl-C: clients are told, status 0."""
     from vla_eval.connection import Connection
 
-    server = Server(run, "--protocol", "vla-eval", "--batch", "3", "--execute", "2")
+    server = Server(run, printed("python serve.py RUN --protocol vla-eval"), "--batch", "3", "--execute", "2")
     url = f"ws://127.0.0.1:{server.port}"
 
     def seen(number):

@@ -1,0 +1,301 @@
+"""The analysis of a study: intervals over starts and training seeds, paired differences, charts, one Markdown report.
+
+Success varies with the start and with the training seed, and all policies play the same starts, so the two are crossed:
+intervals come from a bootstrap that draws both (Owen, "The pigeonhole bootstrap", 2007). Of S seeds it draws S - 1 and
+of N starts N - 1, with replacement, which makes the variance of a mean unbiased (Rao and Wu, 1988); that matters with
+three seeds. Where nothing varies, the interval is Wilson's.
+
+Axes: S training seeds, N starts, G groups of cells.
+"""
+
+import json
+
+import numpy as np
+
+from files import write_json
+from results import read_trials, trial_key, wilson
+
+DRAWS = 10_000  # of the bootstrap
+LEVEL = (2.5, 97.5)  # percentiles
+SMOOTH = 100  # updates, over which learning curves are averaged
+EXPLANATION = """Intervals: 95 %, two-level bootstrap over training seeds and starts, which are crossed: S - 1 of S
+seeds and N - 1 of N starts in each draw; never narrower than Wilson's. Differences are to "{baseline}" with all else
+alike, paired by seed and start; p is the bootstrap's, in brackets Holm's correction for {compared} comparisons."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def bootstrap_means(outcomes, draws=DRAWS, seed=0):
+    """Return means f64 [draws] of outcomes f64 [S, N] whose seeds and starts are drawn anew; NaN is left out."""
+    rng = np.random.default_rng(seed)
+    seeds, starts = outcomes.shape
+    known = np.isfinite(outcomes).astype(float)
+    values = np.nan_to_num(outcomes)
+    means = np.empty(draws)
+    for draw in range(draws):
+        a = draw_weights(rng, seeds)
+        b = draw_weights(rng, starts)
+        weight = a @ known @ b
+        means[draw] = a @ values @ b / weight if weight else np.nan
+    return means[np.isfinite(means)]
+
+
+def draw_weights(rng, count):
+    """Return how often each of `count` is drawn in count - 1 draws (one draw of one), f64 [count]."""
+    return np.bincount(rng.integers(0, count, max(1, count - 1)), minlength=count).astype(float)
+
+
+def rate_interval(outcomes):
+    """Return (mean, low, high) of successes [S, N]: the bootstrap's 95 % interval, at least as wide as Wilson's."""
+    played = outcomes[np.isfinite(outcomes)]
+    low, high = np.percentile(bootstrap_means(outcomes), LEVEL)
+    wilson_low, wilson_high = wilson(int(played.sum()), played.size)
+    return float(played.mean()), float(min(low, wilson_low)), float(max(high, wilson_high))
+
+
+def difference_interval(first, second):
+    """Return (mean, low, high, p) of second - first, both [S, N], paired by seed and start; p is two-sided.
+
+    p is twice the share of bootstrap means on the other side of 0.
+    """
+    difference = second - first
+    means = bootstrap_means(difference)
+    low, high = np.percentile(means, LEVEL)
+    share = (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + len(means))
+    return float(np.nanmean(difference)), float(low), float(high), float(min(1, 2 * share))
+
+
+def holm(ps):
+    """Return Holm's (1979) adjusted p of each of several comparisons, a list."""
+    order = np.argsort(ps)
+    adjusted = np.empty(len(ps))
+    largest = 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[number]))
+        adjusted[number] = largest
+    return adjusted.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the cells have
+
+
+def read_cells(cells):
+    """Return {group as text: {"group", "outcomes" f64 [S, N], "missing": seeds, "folders"}} in the order of the cells.
+
+    cells: list of (group, seed, folder). Seeds without a finished cell are NaN, and so are errors of the simulator.
+    """
+    found = {}
+    for group, seed, folder in cells:
+        entry = found.setdefault(group_name(group), {"group": group, "seeds": [], "trials": [], "folders": []})
+        finished = (folder / "cell.json").exists()
+        trials = read_trials(folder / "eval.jsonl") if finished else []
+        played = {trial_key(trial): trial["success"] for trial in trials if trial["success"] is not None}
+        entry["seeds"].append(seed)
+        entry["trials"].append(played)
+        entry["folders"].append(folder)
+    keys = sorted({key for entry in found.values() for played in entry["trials"] for key in played})
+    for entry in found.values():
+        rows = [[float(played[key]) if key in played else np.nan for key in keys] for played in entry["trials"]]
+        entry["outcomes"] = np.array(rows, float).reshape(len(rows), len(keys))
+        entry["missing"] = [seed for seed, played in zip(entry["seeds"], entry["trials"]) if not played]
+    return found
+
+
+def group_name(group):
+    """Return a group as text."""
+    return ", ".join(str(value) for value in group.values())
+
+
+def baseline_of(entry, entries, preset):
+    """Return the entry that this one is compared with: the same but for what makes the baseline; None for itself."""
+    wanted = entry["group"] | preset.baseline
+    if wanted == entry["group"]:
+        return None
+    return next((other for other in entries.values() if other["group"] == wanted), None)
+
+
+def analyse(entries, preset):
+    """Return a list of results of all groups: success with its interval, difference to the baseline, adjusted p."""
+    results = []
+    for name, entry in entries.items():
+        outcomes = entry["outcomes"]
+        result = {"name": name, "group": entry["group"], "seeds": entry["seeds"], "missing": entry["missing"]}
+        played = np.isfinite(outcomes)
+        result |= {"successes": int(np.nansum(outcomes)), "episodes": int(played.sum())}
+        if played.any():
+            complete = outcomes[played.any(1)]
+            result["success"], *result["ci95"] = rate_interval(complete)
+            result["by_seed"] = [float(np.nanmean(row)) for row in complete]
+            other = baseline_of(entry, entries, preset)
+            if other is not None:
+                shared = played.any(1) & np.isfinite(other["outcomes"]).any(1)
+                if shared.any():
+                    first, second = other["outcomes"][shared], outcomes[shared]
+                    result["difference"], *result["difference_ci95"], result["p"] = difference_interval(first, second)
+        results.append(result)
+    compared = [result for result in results if "p" in result]
+    for result, p in zip(compared, holm([result["p"] for result in compared])):
+        result["p_holm"] = p
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def format_table(results, parts):
+    """Return the results as Markdown; what is missing is said in the row itself. parts: names of a group's parts."""
+    heads = [*parts, "success", "95 % interval", "by seed", "minus baseline (points)", "p (Holm)"]
+    rows = [heads, ["---"] * len(heads)]
+    for result in results:
+        cells = [str(result["group"].get(part, "")) for part in parts]
+        missing = (
+            f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if result["missing"] else ""
+        )
+        if "success" not in result:
+            rows.append([*cells, "missing" + missing, "", "", "", ""])
+            continue
+        cells.append(f"{result['successes']}/{result['episodes']} = {100 * result['success']:.1f} %{missing}")
+        cells.append("{:.1f} to {:.1f} %".format(*(100 * end for end in result["ci95"])))
+        cells.append(", ".join(f"{100 * rate:.0f}" for rate in result["by_seed"]))
+        if "p" in result:
+            ends = [100 * end for end in result["difference_ci95"]]
+            cells.append(f"{100 * result['difference']:+.1f} ({ends[0]:+.1f} to {ends[1]:+.1f})")
+            cells.append(f"{result['p']:.2g} ({result['p_holm']:.2g})")
+        else:
+            cells += ["", ""]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def learning_curve(folder):
+    """Return (updates, action loss averaged over SMOOTH updates) of a cell's last stage, two arrays."""
+    path = folder / "run" / "log.jsonl"
+    if not path.exists():
+        return np.empty(0), np.empty(0)
+    losses = [json.loads(line).get("action_loss", np.nan) for line in path.read_text().splitlines()]
+    whole = len(losses) // SMOOTH * SMOOTH
+    return np.arange(whole // SMOOTH) * SMOOTH, np.array(losses[:whole], float).reshape(-1, SMOOTH).mean(1)
+
+
+def draw_success(results, preset, path):
+    """Draw success with bands: against the preset's x, one line for each variant, or as bars; a panel for each kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [result for result in results if "success" in result]
+    panels = list(dict.fromkeys(result["group"].get(preset.panels, "") for result in shown)) or [""]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels) + 0.6, 3.8), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        inside = [result for result in shown if result["group"].get(preset.panels, "") == panel]
+        if preset.panels == "rest" and panel != "dropped":  # what trains on the labelled alone, for comparison
+            inside += [r for r in shown if r["group"].get("rest") == "dropped" and r["group"]["variant"] == "baseline"]
+        axis.set_title(f"{preset.panels}: {panel}" if preset.panels else "", fontsize=10)
+        if preset.x:
+            draw_lines(axis, inside, preset.x)
+        else:
+            draw_bars(axis, inside, preset.panels)
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("success")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_lines(axis, results, x):
+    """Draw one line with a band for each variant."""
+    for number, variant in enumerate(dict.fromkeys(result["group"]["variant"] for result in results)):
+        own = sorted((r for r in results if r["group"]["variant"] == variant), key=lambda r: r["group"][x])
+        places = [result["group"][x] for result in own]
+        low, high = zip(*(result["ci95"] for result in own))
+        axis.plot(places, [result["success"] for result in own], "o-", color=f"C{number}", label=variant)
+        axis.fill_between(places, low, high, color=f"C{number}", alpha=0.12)
+    axis.set_xscale("log")
+    places = sorted({result["group"][x] for result in results})
+    axis.set_xticks(places, map(str, places), minor=False)
+    axis.minorticks_off()
+    axis.set_xlabel(f"{x} demonstrations an instruction")
+    axis.legend(fontsize=8)
+
+
+def draw_bars(axis, results, left_out):
+    """Draw one bar with its interval for each group."""
+    names = [", ".join(str(v) for k, v in result["group"].items() if k != left_out) or "all" for result in results]
+    rates = np.array([result["success"] for result in results])
+    ends = np.array([result["ci95"] for result in results]).reshape(-1, 2)
+    axis.bar(range(len(names)), rates, color="C0", alpha=0.7)
+    axis.errorbar(range(len(names)), rates, np.abs(ends - rates[:, None]).T, fmt="none", ecolor="black", capsize=3)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+
+
+def draw_curves(entries, path):
+    """Draw the action loss of each group in training, the mean of its seeds; flat at the end means enough steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    for number, (name, entry) in enumerate(entries.items()):
+        curves = [curve for curve in map(learning_curve, entry["folders"]) if len(curve[0])]
+        if not curves:
+            continue
+        shortest = min(len(steps) for steps, _ in curves)
+        mean = np.mean([losses[:shortest] for _, losses in curves], 0)
+        axis.plot(
+            curves[0][0][:shortest], mean, color=f"C{number % 10}", ls=("-", "--", ":")[number // 10 % 3], label=name
+        )
+    axis.set(xlabel="updates", ylabel=f"action loss, mean of {SMOOTH} updates", yscale="log")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=6, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_report(out, preset, cells, failed):
+    """Write results.json, success.png, curves.png and report.md into `out`, and print the table.
+
+    preset: a `study.Preset`; cells: list of (group, seed, folder); failed: {cell: what went wrong}.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    entries = read_cells(cells)
+    results = analyse(entries, preset)
+    parts = list(dict.fromkeys(part for result in results for part in result["group"]))
+    missing = sum(len(result["missing"]) for result in results)
+    lines = [f"# {preset.question}", ""]
+    if missing:
+        lines += [f"**INCOMPLETE: {missing} of {len(cells)} cells are missing.**", ""]
+    lines += [format_table(results, parts), ""]
+    compared = sum("p" in result for result in results)
+    lines += [EXPLANATION.format(baseline=", ".join(map(str, preset.baseline.values())), compared=compared), ""]
+    lines += [f"Failed: {name}: {fault}" for name, fault in failed.items()]
+    if any("success" in result for result in results):
+        draw_success(results, preset, out / "success.png")
+        draw_curves(entries, out / "curves.png")
+        lines += ["![success](success.png)", "", "![action loss](curves.png)", ""]
+    lines += provenance(cells)
+    write_json(out / "results.json", {"results": results, "missing": missing, "failed": failed})
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[: lines.index("") + 3 + 2 * bool(missing)]))
+    print(f"report: {out / 'report.md'}")
+
+
+def provenance(cells):
+    """Return lines with the commits and one cell's commands."""
+    records = [folder / "run" / "config.json" for _, _, folder in cells if (folder / "cell.json").exists()]
+    commits = sorted({json.loads(path.read_text())["commit"] for path in records if path.exists()})
+    lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(records)} cells."]
+    for _, _, folder in cells:
+        if (folder / "cell.json").exists():
+            made = json.loads((folder / "cell.json").read_text())["commands"]
+            short = [text.replace(str(folder.parent), "OUT") for text in made]
+            return [*lines, "The commands of one cell:", "", "```text", *short, "```"]
+    return lines

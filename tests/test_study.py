@@ -1,0 +1,203 @@
+"""study.py and report.py: which cells there are, that interruptions and shards change nothing, and the statistics."""
+
+import json
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from eval_helpers import record, write
+
+import prepare
+import report
+import study
+from common import Ranks
+
+
+def config(out, preset="smoke", **changes):
+    """Return the settings of a study."""
+    return study.Config(preset, out, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_bootstrap_by_hand():
+    """Two seeds that disagree wholly: one of the two is drawn each time, so half of the means are 0 and half are 1. One
+    seed, two starts: the same. Two and two with one success: of four equally likely cells one is drawn."""
+    means = report.bootstrap_means(np.array([[0.0] * 5, [1.0] * 5]), 4000)
+    assert set(means) == {0, 1} and abs(means.mean() - 0.5) < 0.03
+    assert abs(report.bootstrap_means(np.array([[0.0, 1.0]]), 4000).mean() - 0.5) < 0.03
+    assert abs(report.bootstrap_means(np.array([[0.0, 1.0], [0.0, 0.0]]), 4000).mean() - 0.25) < 0.03
+
+
+def test_bootstrap_has_the_variance_of_the_mean():
+    """Of three seeds and 40 starts with variances of their own: a mean over seeds, starts and noise has a known one."""
+    rng = np.random.default_rng(0)
+    of_seeds, of_starts, of_noise = 0.3, 0.5, 0.4
+    found = []
+    for _ in range(200):
+        values = of_seeds * rng.normal(size=(3, 1)) + of_starts * rng.normal(size=(1, 40))
+        found.append(report.bootstrap_means(values + of_noise * rng.normal(size=(3, 40)), 200).var())
+    expected = of_seeds**2 / 3 + of_starts**2 / 40 + of_noise**2 / 120
+    assert 0.85 * expected < np.mean(found) < 1.25 * expected
+
+
+def test_intervals_cover_what_they_should():
+    """Success of known rate, varying with seed and start: of 200 studies of five seeds and 40 starts about 95 % of the
+    intervals hold it; with seeds ignored (Wilson) far fewer do."""
+    rng = np.random.default_rng(1)
+    covered, without_seeds = [], []
+    for _ in range(200):
+        rate = 0.7 + 0.12 * rng.normal(size=(5, 1)) + 0.1 * rng.normal(size=(1, 40))
+        outcomes = (rng.uniform(size=(5, 40)) < rate).astype(float)
+        low, high = np.percentile(report.bootstrap_means(outcomes, 400), report.LEVEL)
+        covered.append(low <= 0.7 <= high)
+        low, high = report.wilson(int(outcomes.sum()), outcomes.size)
+        without_seeds.append(low <= 0.7 <= high)
+    assert 0.85 <= np.mean(covered) <= 0.99 and np.mean(without_seeds) < np.mean(covered) - 0.1
+
+
+def test_differences_are_paired_and_corrected():
+    """Two policies that differ on the same starts only: the pairs tell them apart, and Holm's p by hand."""
+    rng = np.random.default_rng(2)
+    hard = np.repeat(rng.uniform(size=(1, 60)) < 0.5, 3, 0)
+    first = (~hard).astype(float)
+    second = first.copy()
+    second[:, np.flatnonzero(hard[0])[:8]] = 1
+    difference, low, high, p = report.difference_interval(first, second)
+    assert difference == pytest.approx(8 / 60) and 0 < low < difference < high and p < 0.01
+    assert report.difference_interval(first, first)[3] == 1
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def test_presets_name_each_cell_once_and_their_options_exist(tmp_path):
+    """No two cells share a folder; every command is one that train.py and eval.py understand."""
+    import tyro
+
+    import eval as evaluation
+    import train
+    from prepare import check_config
+
+    for preset in study.PRESETS:
+        cells = study.make_cells(config(tmp_path, preset))
+        assert len({cell.name for cell in cells}) == len(cells)
+        for cell in cells[: len(cells) // 3]:  # the first seed's
+            *stages, played = study.commands(config(tmp_path, preset), cell)
+            for words in stages:
+                check_config(tyro.cli(train.Config, args=words[2:]), 1)
+            tyro.cli(evaluation.Config, args=played[2:])
+
+
+def test_shards_are_the_whole(tmp_path):
+    """1/2 and 2/2 have each cell once, whatever the preset; a wrong shard is refused."""
+    whole = [cell.name for cell in study.make_cells(config(tmp_path, "fewshot"))]
+    parts = [cell.name for part in ("1/2", "2/2") for cell in study.make_cells(config(tmp_path, "fewshot", shard=part))]
+    assert sorted(parts) == sorted(whole) and len(whole) == 81
+    with pytest.raises(ValueError, match="shard is '3/2'"):
+        study.make_cells(config(tmp_path, shard="3/2"))
+
+
+def test_video_first_is_two_commands(tmp_path):
+    """The first on video alone, the second on the labelled demonstrations, from the first one's weights."""
+    cells = {cell.name: cell for cell in study.make_cells(config(tmp_path, "fewshot", seeds=(3,), steps=7))}
+    first, second, played = study.commands(config(tmp_path, "fewshot"), cells["la_direct-first-5-seed3"])
+    assert first[first.index("--data-fraction") + 1] == "0" and first[first.index("--rest") + 1] == "video"
+    assert second[second.index("--init-from") + 1] == first[first.index("--out") + 1]
+    assert second[second.index("--episodes") + 1] == "5" and played[2] == second[second.index("--out") + 1]
+    assert {words[words.index("--seed") + 1] for words in (first, second)} == {"3"}
+
+
+def test_together_and_alone(rlds, train_config, tmp_path):
+    """Each instruction of the data gets a cell of its own; such a run trains on its episodes alone and is evaluated on
+    its task alone. An instruction that no episode has is refused."""
+    cells = study.make_cells(config(tmp_path, "joint", data=(rlds,), variants=("baseline",), seeds=(0,), steps=10))
+    alone = [stage[stage.index("--instructions") + 1] for cell in cells for stage in cell.stages if len(stage) > 6]
+    assert alone == ["put the bowl on the plate", "put the bowl on the stove"] and len(cells) == 3
+    plate = train_config(tmp_path / "run", variant="baseline", instructions=(alone[0],))
+    setup = prepare.prepare(plate, Ranks(0, 1, torch.device("cpu")), ())
+    (dataset,) = setup.dataset.datasets
+    held = [steps for _, steps in setup.held_out]
+    told = {dataset.instruction(dataset.starts[e]) for source in setup.dataset.sources for e in source.episodes}
+    told |= {dataset.instruction(steps[k]) for steps in held for k in range(len(steps))}
+    assert told == {alone[0]}
+    entry = setup.description["data"][0]
+    assert entry["tasks"] == [8] and entry["instructions"] == [alone[0]]
+    with pytest.raises(ValueError, match="no episode is told .'fly'.; there are .'put the bowl on the plate'"):
+        prepare.prepare(train_config(tmp_path / "x", instructions=("fly",)), Ranks(0, 1, torch.device("cpu")), ())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Two variants with 2 and 18 labels, two seeds, of which one is not there: (cells, folders)."""
+    made = []
+    for variant, labelled, rate in (("baseline", 2, 0.4), ("baseline", 18, 0.9), ("la_direct", 2, 0.8)):
+        for seed in (0, 1):
+            folder = tmp_path / f"{variant}-{labelled}-{seed}"
+            made.append(({"variant": variant, "labelled": labelled}, seed, folder))
+            if (variant, seed) == ("la_direct", 1):
+                continue
+            (folder / "run").mkdir(parents=True)
+            (folder / "run" / "config.json").write_text('{"commit": "abc"}')
+            (folder / "run" / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 250)
+            (folder / "cell.json").write_text(json.dumps({"commands": [f"python train.py --out {folder}/run"]}))
+            write(folder / "eval.jsonl", [record(start, start < 10 * rate) for start in range(10)])
+    return made
+
+
+def test_report_by_hand(cells, tmp_path, capsys):
+    """Counts, differences on the seeds that both have, what is missing in the row and at the top, pictures, JSON."""
+    preset = SimpleNamespace(question="Why?", x="labelled", panels="", baseline={"variant": "baseline"})
+    report.write_report(tmp_path / "out", preset, cells, {"x": "it crashed"})
+    text = (tmp_path / "out" / "report.md").read_text()
+    rows = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in text.splitlines() if "=" in line}
+    assert "8/20 = 40.0 %" in rows["baseline2"] and "18/20 = 90.0 %" in rows["baseline18"]
+    assert "8/10 = 80.0 % INCOMPLETE: seeds 1 are missing" in rows["la_direct2"] and "+40.0 (" in rows["la_direct2"]
+    assert "**INCOMPLETE: 1 of 6 cells are missing.**" in text and "Failed: x: it crashed" in text
+    assert "Trained at abc; 5 cells." in text and "python train.py --out OUT/" in text
+    assert "INCOMPLETE" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["missing"] == 1 and results["results"][0]["by_seed"] == [0.4, 0.4]
+    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in ("success.png", "curves.png"))
+
+
+def test_killed_study_goes_on_and_gives_the_same_report(rlds, cache, labels, tmp_path, monkeypatch):
+    """Two cells of the smoke preset: the second one's evaluation fails at first, which is reported and tried again; the
+    next call does only what is missing, and its results are those of a study that was never interrupted."""
+    played = []
+
+    def pretend(words, **options):
+        """Train for real; play no simulator, but write what one would have written."""
+        if words[1] == "eval.py":
+            played.append(words[2])
+            if "la_direct" in words[2] and len(played) < 4:
+                return SimpleNamespace(returncode=1)
+            write(tmp_path / "x" / "trials", [])
+            out = words[words.index("--out") + 1]
+            write(study.Path(out), [record(start, True) for start in range(3)])
+        else:
+            started.append(shlex.join(words))
+        return SimpleNamespace(returncode=0)
+
+    started = []
+    monkeypatch.setattr(study.subprocess, "run", pretend)
+    settings = config(tmp_path / "study", seeds=(0,))
+    assert study.main(settings) == 1  # la_direct failed twice
+    before = len(started)
+    assert "1 of 2 cells are missing" in (tmp_path / "study" / "report.md").read_text()
+    assert study.main(settings) == 0 and len(started) == before + 1
+    assert study.main(settings) == 0 and len(started) == before + 1  # nothing is left to do
+    whole = config(tmp_path / "whole", seeds=(0,))
+    assert study.main(whole) == 0
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("study", "whole"))
+    assert one == other
