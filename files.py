@@ -104,6 +104,21 @@ def check_new_folder(path):
         )
 
 
+def resolve_folder(name, known=()):
+    """Return the full path of a folder, so that it is found from elsewhere; a name on the Hub, or known, as it is.
+
+    Raise FileNotFoundError for what can only be a folder, and is none.
+    """
+    if name in known:
+        return name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {name}; give one, or a name on the Hub as OWNER/NAME")
+    return name
+
+
 def shell_command(*words, **options):
     """Return a command line as a shell takes it: words, then each option as --name and its value, or several values.
 

@@ -56,7 +56,7 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, shell_command, to_json, write_json
+from files import check_new_folder, git_commit, resolve_folder, shell_command, to_json, write_json
 from index import CACHE, changed_cache, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
@@ -337,7 +337,7 @@ class TokenizerTraining(Training):
 
 
 # Settings that a resumed training may change: they say where files lie, or do not alter results.
-FREE_TO_CHANGE = {"resume", "out", "data", "cache", "num_workers", "save_every", "keep", "timeout", "wandb_project"}
+FREE_TO_CHANGE = set("resume out data spec init_from cache num_workers save_every keep timeout wandb_project".split())
 
 
 def check(config, world):
@@ -483,6 +483,9 @@ def train(config, ranks):
     Raises ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
     """
     check(config, ranks.world)
+    if isinstance(config, LamTraining):
+        text = resolve_folder(config.text, ["words"])
+        config = replace(config, features=resolve_folder(config.features, ["pixels"]), text=text)
     if ranks.main and not (config.resume or is_restarted()):
         check_new_folder(config.out)
     datasets = open_datasets(config.data, config.cache, config.spec)
