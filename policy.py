@@ -303,12 +303,12 @@ class Policy:
                 if (np.abs(other - (low + high)[part] / 2) <= (high - low)[part] / 2 + slack[part]).all():
                     advice = (
                         f". If state[{first}:{first + 3}] is a rotation vector, the same rotation turned the other way "
-                        f"round, {other.round(3).tolist()}, is inside: give that one"
+                        f"round, {other.astype(float).round(3).tolist()}, is inside: give that one"
                     )
             warnings.warn(
                 f"state[{number}] is {state[number]:.4g}, but in training it was {low[number]:.4g} to "
                 f"{high[number]:.4g}, so the policy was never trained for this{advice}",
-                stacklevel=5,
+                stacklevel=6,  # the line that called the policy
             )
 
     # -- the model ---------------------------------------------------------------------------------------------------
