@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -616,7 +617,8 @@ def main(config):
     os.replace(folder, config.out)
     shutil.rmtree(staging(config))
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
-    print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: python data.py {config.out}")
+    look = shlex.join(["python", "data.py", str(config.out)])
+    print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: {look}")
 
 
 if __name__ == "__main__":

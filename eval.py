@@ -108,6 +108,8 @@ class Config:
     """result file (default: eval.jsonl in the run, with the control and the shard in its name)"""
     data: str = ""
     """data set whose statistics to use, by name (needed only when the run was trained on several)"""
+    backbone: str = ""
+    """where the pretrained backbone lies now, if it was moved"""
     any_mujoco: bool = False
     """allow MuJoCo versions that differ from the benchmark's"""
     compare: tuple[Path, ...] = ()
@@ -483,7 +485,7 @@ def evaluate(config, policy):
 def replay(config):
     """Play a data set's recorded actions and return the summary. Exit with status 1 when fewer than 95 % succeed."""
     dataset = open_dataset(config.replay, config.cache)
-    stats = Policy(config.run, config.data).stats if config.run else dataset.stats
+    stats = Policy(config.run, config.data, backbone=config.backbone).stats if config.run else dataset.stats
     episodes = shard(plan_replay(config, dataset, stats["action"]), config.shard)
     path = dataset.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
     path.unlink(missing_ok=True)  # the simulator may have changed since
@@ -524,7 +526,7 @@ def check(config):
     elif config.replay:
         mode = "replay" if config.run else "replay without a run"
         used = {"replay", "run", "simulator", "cache", "shard", "envs", "watchdog", "out", "any_mujoco"}
-        used |= {"data"} if config.run else set()
+        used |= {"data", "backbone"} if config.run else set()
     if ignored := [f.name for f in fields(config) if f.name not in used and getattr(config, f.name) != f.default]:
         raise ValueError(f"{', '.join(ignored)} cannot be used with {mode}")
 
@@ -539,7 +541,8 @@ def main(config):
         return replay(config)
     check_result_path(result_path(config))
     run = find_run(config.run)
-    return evaluate(config, Policy(run, choose_data(config, run), batch=config.policy_batch))
+    policy = Policy(run, choose_data(config, run), batch=config.policy_batch, backbone=config.backbone)
+    return evaluate(config, policy)
 
 
 if __name__ == "__main__":

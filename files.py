@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -101,6 +102,37 @@ def check_new_folder(path):
         raise FileExistsError(
             f"output folder {path} exists and is not empty. Choose another --out, or continue it with --resume."
         )
+
+
+def resolve_folder(name, known=()):
+    """Return the full path of a folder, so that it is found from elsewhere; a name on the Hub, or known, as it is.
+
+    Raise FileNotFoundError for what can only be a folder, and is none.
+    """
+    if name in known:
+        return name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {name}; give one, or a name on the Hub as OWNER/NAME")
+    return name
+
+
+def shell_command(*words, **options):
+    """Return a command line as a shell takes it: words, then each option as --name and its value, or several values.
+
+    True is a flag alone, False one with --no-; an option that is empty or None is left out.
+    """
+    words = list(map(str, words))
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in ("", None, (), []):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{flag}", *map(str, values)]
+    return shlex.join(words)
 
 
 def git_commit():

@@ -289,6 +289,11 @@ def cache_folder(cache, name):
         raise ValueError(f"the cache is {cache}, but there is no home: {error} Choose a folder with --cache") from error
 
 
+def changed_cache(config):
+    """Return the cache of a command line where it is not the default one, for commands that are printed; else None."""
+    return None if config.cache == CACHE else config.cache
+
+
 class IndexWriter:
     """Writes arrays that grow by an episode at a time, and what an `Index` needs beside them, in bounded memory.
 

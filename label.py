@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from common import init_distributed, shutdown_distributed
 from data import open_dataset
-from files import check_writable, map_tensors, save_tensors
-from index import CACHE
+from files import check_writable, map_tensors, save_tensors, shell_command
+from index import CACHE, changed_cache
 from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
 
@@ -156,8 +156,9 @@ def main(config, ranks):
         used, perplexity = code_usage(counts)
         report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
         print(f"{out}: {len(dataset)} steps, {report}")
-        spec = f" --spec {config.spec}" if config.spec else ""
-        print(f"Next: torchrun --standalone train.py --variant la_align --data {config.data}{spec} --labels {out}")
+        words = ("torchrun", "--standalone", "train.py")
+        places = {"data": config.data, "spec": config.spec, "cache": changed_cache(config), "labels": out}
+        print(f"Next: {shell_command(*words, variant='la_align', **places)}")
 
 
 def part_path(folder, group):

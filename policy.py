@@ -27,6 +27,7 @@ from images import read_image, resize_image, store_image
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
+from tiny import SIZES
 
 MOST = 128  # observations of one forward pass; more are answered in several
 GRIPPERS = ("data", "robosuite")
@@ -63,6 +64,8 @@ def load_vla(run, backbone=""):
     try:
         tensors, _ = load_tensors(weights)
         settings = dict(run_config["model"])
+        if backbone and settings["backbone"] in SIZES:
+            raise ValueError(f"backbone is {backbone}, but {run} has '{settings['backbone']}', which lies nowhere")
         if backbone:
             settings["backbone"] = backbone
         config = ModelConfig(**settings)
@@ -71,7 +74,10 @@ def load_vla(run, backbone=""):
         load_trainable(vla, tensors, weights)
         trained_on, _ = run_config["base_hash"], run_config["data"]  # the latter for `Policy`
     except (TypeError, KeyError, OSError) as error:
-        raise ValueError(f"{run} cannot be loaded: {error!r}. Put its own files, and its backbone, back.") from error
+        advice = "Put its own files, and its backbone, back"
+        if isinstance(error, OSError):
+            advice += ", or say where that lies now: --backbone DIR, or Policy(run, backbone=DIR)"
+        raise ValueError(f"{run} cannot be loaded: {error!r}. {advice}.") from error
     if base_hash(vla) != trained_on:
         raise ValueError(
             f"{run} was trained on another {config.backbone}: "

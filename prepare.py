@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from checkpoint import is_restarted, prepare_run, training_saves
 from common import print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, read_json, to_json, write_json
+from files import check_new_folder, git_commit, read_json, resolve_folder, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -57,6 +57,7 @@ def prepare(config, ranks, free_to_change):
 
     config: of train.py, checked; free_to_change: the settings that a resumed run may change.
     """
+    config = replace(config, backbone=resolve_folder(config.backbone, SIZES))
     run = Path(config.out or f"runs/{config.variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     if ranks.main and not (config.resume or is_restarted()):
         check_new_folder(run)
@@ -97,12 +98,14 @@ def prepare(config, ranks, free_to_change):
     before = settings_to_resume(run, config.resume, "train")
     if before:
         check_length(run, count_steps(before, dataset), steps, config.lr_scheduler, config.warmup_ratio)
+        if config.backbone not in SIZES and read_json(run / "config.json").get("base_hash") == description["base_hash"]:
+            free_to_change = free_to_change | {"backbone"}  # the same one lies elsewhere
     resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change | LENGTH)
     if taken and not resuming:
         print0(taken)
     if ranks.main:
         if before:
-            update_length(run, config)
+            update_config(run, description)
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
     ema = config.ema if config.ema >= 0 else 0.998 * (config.backbone in SIZES)
@@ -244,13 +247,12 @@ def check_length(run, before, steps, scheduler, warmup_ratio=0.0):
         )
 
 
-def update_length(run, config):
-    """Let config.json of a resumed run say how long it is now."""
+def update_config(run, description):
+    """Let config.json of a resumed run say how long it is now, and where its backbone lies."""
     content = read_json(run / "config.json")
-    length = {name: getattr(config, name) for name in LENGTH}
-    if content["train"] != content["train"] | length:
-        content["train"] |= length
-        write_json(run / "config.json", content)
+    content["train"] |= {name: description["train"][name] for name in LENGTH | {"backbone"}}
+    content["model"]["backbone"] = description["model"]["backbone"]
+    write_json(run / "config.json", content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

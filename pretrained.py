@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.utils import cached_file
 
-from files import read_json
+from files import read_json, resolve_folder
 from tiny import SIZES, tiny_config, tiny_tokenizer
 
 
@@ -16,7 +16,7 @@ def text_tokenizer(backbone):
     """
     if backbone in SIZES:
         return tiny_tokenizer()
-    config = AutoConfig.from_pretrained(backbone)
+    config = AutoConfig.from_pretrained(resolve_folder(backbone))
     if config.model_type != "qwen3_vl":
         raise ValueError(
             f"backbone {backbone} is a '{config.model_type}' checkpoint; "

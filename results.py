@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from files import check_writable, git_commit, write_text
+from files import check_writable, git_commit, shell_command, write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -245,7 +245,7 @@ def load_results(path):
     """
     file = path / "eval.jsonl" if path.is_dir() else path
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; make it with python eval.py {path}")
+        raise FileNotFoundError(f"{file} does not exist; make it with {shell_command('python', 'eval.py', path)}")
     trials = read_trials(file)
     if not trials:
         raise ValueError(f"{file} has no result yet")

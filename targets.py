@@ -8,6 +8,7 @@ Left out: the latent models themselves (latent.py) and the losses on these targe
 Axes: S steps of a data set, B batch, H chunk steps, P codes per step, d width of a code.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 from dataspec import to_dict
-from files import locate_tensors
-from index import Column
+from files import locate_tensors, shell_command
+from index import Column, changed_cache
 from latent import load_tokenizer
 from normalise import Normaliser
 
@@ -73,7 +74,8 @@ def load_labels(dataset, path, delta=0):
 
 
 def _labels_from_file(dataset, path, delta):
-    remedy = f"Make them again: python label.py --data {dataset.directory} --lam DIR --out {path}"
+    remedy = shell_command("python", "label.py", data=dataset.directory, lam="DIR", out=path)
+    remedy = f"Make them again: {remedy}"
     try:
         places, info = locate_tensors(path)
         codes = Column(path, *places["codes"])
@@ -180,8 +182,8 @@ def _load_labels(config, number, dataset, reads_vectors):
     if labels is None:
         raise FileNotFoundError(
             f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
-            f"python train_latent.py lam --data {data} --out runs/lam && "
-            f"python label.py --data {data} --lam runs/lam --out {path}"
+            f"{shell_command('python', 'train_latent.py', 'lam', **_places(config), out='runs/lam')} && "
+            f"{shell_command('python', 'label.py', **_places(config, number), lam='runs/lam', out=path)}"
         )
     if reads_vectors and labels.quantised != (config.align_target == "quantised"):
         raise ValueError(
@@ -191,14 +193,20 @@ def _load_labels(config, number, dataset, reads_vectors):
     return labels
 
 
+def _places(config, number=None):
+    """Return the options that say where the data of a run lies, or one of its data sets, for a command."""
+    chosen = slice(None) if number is None else slice(number, number + 1)
+    return {"data": config.data[chosen], "spec": config.spec[chosen], "cache": changed_cache(config)}
+
+
 def _load_tokenizer(config, datasets, chunk):
     """Return the action tokenizer. Raises ValueError unless it has the sizes and the action statistics of the run."""
     folder = Path(config.tokenizer or datasets[0].find_beside("tokenizer"))
-    data = " ".join(map(str, config.data))
+    command = functools.partial(shell_command, "python", "train_latent.py", "tokenizer", **_places(config))
     if not folder.exists():
         raise FileNotFoundError(
             f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
-            f"python train_latent.py tokenizer --data {data} --out {folder}"
+            f"{command(out=folder)}"
         )
     tokenizer = load_tokenizer(folder)
     expected = {"chunk": chunk, "action_sizes": action_sizes(datasets)}
@@ -220,7 +228,7 @@ def _load_tokenizer(config, datasets, chunk):
         if not _same_bounds(stored_stats.get(dataset.name, {}).get("action"), dataset.stats["action"]):
             raise ValueError(
                 f"the action tokenizer in {folder} was trained on {list(stored_stats)}, not on {dataset.name} with "
-                f"these statistics. Make one: python train_latent.py tokenizer --data {data} --out DIR"
+                f"these statistics. Make one: {command(out='DIR')}"
             )
     return tokenizer
 

@@ -56,8 +56,8 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, to_json, write_json
-from index import CACHE, later_steps, split_episodes
+from files import check_new_folder, git_commit, resolve_folder, shell_command, to_json, write_json
+from index import CACHE, changed_cache, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
     ActionTokenizer,
@@ -337,7 +337,7 @@ class TokenizerTraining(Training):
 
 
 # Settings that a resumed training may change: they say where files lie, or do not alter results.
-FREE_TO_CHANGE = {"resume", "out", "data", "cache", "num_workers", "save_every", "keep", "timeout", "wandb_project"}
+FREE_TO_CHANGE = set("resume out data spec init_from cache num_workers save_every keep timeout wandb_project".split())
 
 
 def check(config, world):
@@ -483,6 +483,9 @@ def train(config, ranks):
     Raises ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
     """
     check(config, ranks.world)
+    if isinstance(config, LamTraining):
+        text = resolve_folder(config.text, ["words"])
+        config = replace(config, features=resolve_folder(config.features, ["pixels"]), text=text)
     if ranks.main and not (config.resume or is_restarted()):
         check_new_folder(config.out)
     datasets = open_datasets(config.data, config.cache, config.spec)
@@ -539,19 +542,18 @@ def report(config, kind, model, samples, device):
 
 def next_command(config, kind):
     """Return the command that uses the trained model; for a second stage with the flags that its sizes need."""
-    data = " ".join(map(str, config.data))
-    spec = " --spec " + " ".join(config.spec) if config.spec else ""
+    places = {"data": config.data, "spec": config.spec, "cache": changed_cache(config)}
     if kind == "tokenizer":
-        return f"train.py --variant la_tok --data {data}{spec} --tokenizer {config.out}"
+        return shell_command("train.py", variant="la_tok", **places, tokenizer=config.out)
     if config.stage != 1:
-        first_spec = f" --spec {config.spec[0]}" if config.spec else ""
-        return f"label.py --data {config.data[0]}{first_spec} --lam {config.out}"
-    command = f"train_latent.py lam --stage 2 --init-from {config.out} --data {data}{spec} --out DIR"
+        first = {name: places[name][:1] for name in ("data", "spec")}
+        return shell_command("label.py", **places | first, lam=config.out)
+    sizes = {}
     for field in fields(LamSizes):
-        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        value = getattr(config, field.name)
         if value != field.default and field.name not in ("stage", "text"):
-            command += f" --no-{flag}" if value is False else f" --{flag} {value}"
-    return command
+            sizes[field.name] = value
+    return shell_command("train_latent.py", "lam", stage=2, init_from=config.out, **places, out="DIR", **sizes)
 
 
 def run_training(model, samples, config, ranks, resuming=False):
