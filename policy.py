@@ -280,9 +280,9 @@ class Policy:
         return store_image(image, (height, width), **options)
 
     def _read_state(self, observation):
-        """Return the state f64 [N]; [0] of a model without. Raise ValueError for a wrong size and for NaN."""
+        """Return the state f32 [N]; [0] of a model without. Raise ValueError for a wrong size and for NaN."""
         if not self.state:
-            return np.zeros(0)
+            return np.zeros(0, np.float32)
         state = np.asarray(observation["state"])
         size = len(self.state.low)
         if state.shape != (size,) or state.dtype.kind not in "fiu":
@@ -290,7 +290,7 @@ class Policy:
         if not np.isfinite(state).all():
             wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
             raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
-        state = state.astype(np.float64)
+        state = state.astype(np.float32)  # as in data sets, so that what is given in f64 is answered alike
         self._warn_of_range(state)
         return state
 
@@ -309,12 +309,12 @@ class Policy:
                 if (np.abs(other - (low + high)[part] / 2) <= (high - low)[part] / 2 + slack[part]).all():
                     advice = (
                         f". If state[{first}:{first + 3}] is a rotation vector, the same rotation turned the other way "
-                        f"round, {other.round(3).tolist()}, is inside: give that one"
+                        f"round, {other.astype(float).round(3).tolist()}, is inside: give that one"
                     )
             warnings.warn(
                 f"state[{number}] is {state[number]:.4g}, but in training it was {low[number]:.4g} to "
                 f"{high[number]:.4g}, so the policy was never trained for this{advice}",
-                stacklevel=5,
+                stacklevel=6,  # the line that called the policy
             )
 
     # -- the model ---------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def draw_success(results, preset, path):
     from matplotlib import pyplot
 
     shown = [result for result in results if "success" in result]
+    variants = list(dict.fromkeys(result["group"]["variant"] for result in shown))
     panels = list(dict.fromkeys(result["group"].get(preset.panels, "") for result in shown)) or [""]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels) + 0.6, 3.8), sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], panels):
@@ -197,7 +198,7 @@ def draw_success(results, preset, path):
             inside += [r for r in shown if r["group"].get("rest") == "dropped" and r["group"]["variant"] == "baseline"]
         axis.set_title(f"{preset.panels}: {panel}" if preset.panels else "", fontsize=10)
         if preset.x:
-            draw_lines(axis, inside, preset.x)
+            draw_lines(axis, inside, preset.x, variants)
         else:
             draw_bars(axis, inside, preset.panels)
         axis.set_ylim(0, 1)
@@ -208,10 +209,12 @@ def draw_success(results, preset, path):
     pyplot.close(figure)
 
 
-def draw_lines(axis, results, x):
-    """Draw one line with a band for each variant."""
-    for number, variant in enumerate(dict.fromkeys(result["group"]["variant"] for result in results)):
+def draw_lines(axis, results, x, variants):
+    """Draw one line with a band for each variant, in its colour among all `variants`."""
+    for number, variant in enumerate(variants):
         own = sorted((r for r in results if r["group"]["variant"] == variant), key=lambda r: r["group"][x])
+        if not own:
+            continue
         places = [result["group"][x] for result in own]
         low, high = zip(*(result["ci95"] for result in own))
         axis.plot(places, [result["success"] for result in own], "o-", color=f"C{number}", label=variant)

@@ -4,7 +4,7 @@
     python study.py fewshot --out runs/fewshot --dry-run  # the cells, what they cost, and their plain commands
     python study.py fewshot --out runs/fewshot --shard 1/8            # every eighth cell, as in a SLURM array
     python study.py fewshot --out runs/fewshot --jobs 4               # four cells side by side
-    python study.py fewshot --out runs/fewshot --data libero_goal --train "--backbone Qwen/Qwen3-VL-2B-Instruct"
+    python study.py fewshot --out runs/fewshot --data libero_goal --train="--backbone Qwen/Qwen3-VL-2B-Instruct"
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
 a training seed. Its commands are those of train.py and eval.py, and it lies in a folder of its own, so any scheduler
@@ -51,11 +51,11 @@ class Config:
     variants: tuple[str, ...] = ()
     """only these variants"""
     train: str = ""
-    """more options of train.py for all cells, as one text"""
+    """more options of train.py for all cells, in one text: --train="--num-workers 4" """
     evaluate: str = ""
     """more options of eval.py for all cells, as one text"""
     launch: str = ""
-    """what starts train.py (default: this Python; on GPUs "torchrun --standalone --nproc-per-node 8")"""
+    """what starts train.py (default: this Python; on GPUs --launch="torchrun --standalone --nproc-per-node 8")"""
     jobs: int = 1
     """cells side by side"""
     shard: str = ""

@@ -65,9 +65,9 @@ class Watch:
             self._resume(first)
 
     def _resume(self, first):
-        """Forget what is later than `first` updates, log what the log lacks, and end the last evaluation."""
+        """Forget what is later than `first` updates, log what the log lacks, and complete the last evaluation."""
         for path in self.folder.glob("eval-*.json*"):
-            if _step_of(path) > first:
+            if path.suffix == ".tmp" or _step_of(path) > first:
                 path.unlink()
         self.logged = {entry["success_step"] for entry in read_log(self.run) if "success_step" in entry}
         self._log_results(first - 1)

@@ -80,6 +80,7 @@ def play_eval(config, folder):
 def main(config):
     """Play all three and print the table."""
     command = [sys.executable, "serve.py", config.run, "--protocol", "vla-eval", "--port", "0"]
+    command += ["--text-length", "1"]  # no more room than in training: more would change actions by rounding
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         url = server.stdout.readline().split()[-1]
         once = play_harness(config, url)

@@ -25,8 +25,10 @@ from policy import Policy, find_run
 
 @pytest.fixture
 def folder(run, tmp_path):
-    """A copy of the session's run."""
-    return shutil.copytree(run.folder, tmp_path / "copy")
+    """A copy of the session's run as training left it, without the results of other tests."""
+    copy = shutil.copytree(run.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("eval*"))
+    card.write_card(copy)
+    return copy
 
 
 def read_card(folder):
@@ -47,9 +49,10 @@ def add_results(folder, name="eval", successes=3, **settings):
 # The card
 
 
-def test_training_writes_a_card(run, cache, rlds):
+def test_training_writes_a_card(run, folder, cache, rlds):
     """What the run is, how to load it, what it takes and gives; metadata; no path of this machine."""
-    data, text = read_card(run.folder)
+    assert "# la_align on made" in (run.folder / "README.md").read_text()
+    data, text = read_card(folder)
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "latent-actions", "robotics")
     assert {"la_align", "libero"} <= set(data.tags) and data.base_model is None and data.eval_results is None
     for expected in (
@@ -66,8 +69,8 @@ def test_training_writes_a_card(run, cache, rlds):
         "![Training](curves.png)",
     ):
         assert expected in text, expected
-    whole = (run.folder / "README.md").read_text()
-    for private in (ROOT, Path.home(), cache, rlds.parent, run.folder.parent):
+    whole = (folder / "README.md").read_text()
+    for private in (ROOT, Path.home(), cache, rlds.parent, run.folder.parent, folder.parent):
         assert str(private) not in whole, private
     assert not re.search(r"[\s`'\"=]/\w", whole)
 
@@ -162,15 +165,15 @@ def test_card_that_is_damaged_is_a_warning(line, folder, capsys):
 
 
 @pytest.fixture
-def hub(run, tmp_path, monkeypatch):
+def hub(folder, tmp_path, monkeypatch):
     """Function huggingface_hub.snapshot_download that has one repository, org/name, with all files of the run."""
 
     def download(name, allow_patterns):
         if name != "org/name":
             raise ValueError("no such repository")
-        for path in filter_repo_objects([each.name for each in run.folder.iterdir()], allow_patterns=allow_patterns):
+        for path in filter_repo_objects([each.name for each in folder.iterdir()], allow_patterns=allow_patterns):
             (tmp_path / "snapshot").mkdir(exist_ok=True)
-            shutil.copy(run.folder / path, tmp_path / "snapshot")
+            shutil.copy(folder / path, tmp_path / "snapshot")
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

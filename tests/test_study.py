@@ -121,7 +121,7 @@ def test_together_and_alone(rlds, train_config, tmp_path):
     alone = [stage[stage.index("--instructions") + 1] for cell in cells for stage in cell.stages if len(stage) > 6]
     assert alone == ["put the bowl on the plate", "put the bowl on the stove"] and len(cells) == 3
     plate = train_config(tmp_path / "run", variant="baseline", instructions=(alone[0],))
-    setup = prepare.prepare(plate, Ranks(0, 1, torch.device("cpu")), ())
+    setup = prepare.prepare(plate, Ranks(0, 1, torch.device("cpu")), set())
     (dataset,) = setup.dataset.datasets
     held = [steps for _, steps in setup.held_out]
     told = {dataset.instruction(dataset.starts[e]) for source in setup.dataset.sources for e in source.episodes}
@@ -130,7 +130,7 @@ def test_together_and_alone(rlds, train_config, tmp_path):
     entry = setup.description["data"][0]
     assert entry["tasks"] == [8] and entry["instructions"] == [alone[0]]
     with pytest.raises(ValueError, match="no episode is told .'fly'.; there are .'put the bowl on the plate'"):
-        prepare.prepare(train_config(tmp_path / "x", instructions=("fly",)), Ranks(0, 1, torch.device("cpu")), ())
+        prepare.prepare(train_config(tmp_path / "x", instructions=("fly",)), Ranks(0, 1, torch.device("cpu")), set())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ import prepare
 import targets
 import train
 import train_latent
+import watch
 from index import split_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
@@ -141,7 +142,7 @@ def test_wandb_gets_the_log_on_request(tmp_path, monkeypatch):
 def test_learning_rates_in_the_log(run):
     """The default schedule: a cosine from the peak at the first step to 1 % of it after the last."""
     lrs = column(log_of(run.folder), "lr")
-    assert np.allclose(lrs, [1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * s / 40)) / 2) for s in range(40)])
+    assert np.allclose(lrs, [2e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * s / 40)) / 2) for s in range(40)])
 
 
 def test_saved_model_is_the_trained_one(train_config, tmp_path):
@@ -590,14 +591,16 @@ def test_torchrun_that_restarts_needs_a_folder(train_config, monkeypatch):
 def test_every_setting_is_read(module):
     """No field of a script's config is there for nothing: each is read as `config.<field>`."""
     sources = [module.__file__]
-    sources += [targets.__file__, prepare.__file__] if module is train else []
+    sources += [targets.__file__, prepare.__file__, watch.__file__] if module is train else []
     sources += [inspection.__file__] if module is data else []
     read = {
         node.attr
         for file in sources
         for node in ast.walk(ast.parse(open(file).read()))
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "config"
+        if isinstance(node, ast.Attribute)
+        and "config" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))
     }
+    read |= prepare.LENGTH if module is train else set()  # read by name
     assert {field.name for field in fields(module.Config)} <= read
 
 
@@ -735,7 +738,7 @@ def test_resume_with_other_settings_is_refused(run, rlds, cache, labels, train_c
     """The changed setting is named with both values, and the run stays as it is."""
     out = shutil.copytree(run.folder, tmp_path / "run")
     before = contents(out)
-    with pytest.raises(ValueError, match=r"trained with other settings: .*learning_rate 0.001 \(now 0.1\)"):
+    with pytest.raises(ValueError, match=r"trained with other settings: .*learning_rate 0.002 \(now 0.1\)"):
         train.main(train_config(out, variant="la_align", max_steps=40, learning_rate=0.1, resume=True))
     assert contents(out) == before
 

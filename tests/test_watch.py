@@ -211,6 +211,8 @@ def test_resumed_run_knows_what_was_evaluated(plan, tmp_path):
     evaluate(watched, run, 4)
     watched.log.close()
     assert len(log_of(run)) == 2
+    for name in ("eval-2.jsonl.tmp", "eval-4.json.tmp"):  # of an evaluation that was killed while it wrote
+        (run / "watch" / name).touch()
     watched = open_watch(run, 2)
     assert watched.child is None  # what is in watch/ is of step 4
     assert [(entry["step"], entry["success_step"]) for entry in log_of(run)] == [(1, 2)]
