@@ -157,7 +157,7 @@ def main(config, ranks):
         report = f"codes in use {used.tolist()}, perplexity {[round(p, 1) for p in perplexity.tolist()]}"
         print(f"{out}: {len(dataset)} steps, {report}")
         words = ("torchrun", "--standalone", "train.py")
-        places = {"data": config.data, "spec": config.spec, "cache": changed_cache(config), "labels": out}
+        places = {"data": config.data, "spec": config.spec, "labels": out, "cache": changed_cache(config)}
         print(f"Next: {shell_command(*words, variant='la_align', **places)}")
 
 

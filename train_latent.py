@@ -542,18 +542,18 @@ def report(config, kind, model, samples, device):
 
 def next_command(config, kind):
     """Return the command that uses the trained model; for a second stage with the flags that its sizes need."""
-    places = {"data": config.data, "spec": config.spec, "cache": changed_cache(config)}
+    places = {"data": config.data, "spec": config.spec}
+    options = {"cache": changed_cache(config)}
     if kind == "tokenizer":
-        return shell_command("train.py", variant="la_tok", **places, tokenizer=config.out)
+        return shell_command("train.py", variant="la_tok", **places, tokenizer=config.out, **options)
     if config.stage != 1:
-        first = {name: places[name][:1] for name in ("data", "spec")}
-        return shell_command("label.py", **places | first, lam=config.out)
-    sizes = {}
+        first = {name: values[:1] for name, values in places.items()}
+        return shell_command("label.py", **first, lam=config.out, **options)
     for field in fields(LamSizes):
         value = getattr(config, field.name)
         if value != field.default and field.name not in ("stage", "text"):
-            sizes[field.name] = value
-    return shell_command("train_latent.py", "lam", stage=2, init_from=config.out, **places, out="DIR", **sizes)
+            options[field.name] = value
+    return shell_command("train_latent.py", "lam", stage=2, init_from=config.out, **places, out="DIR", **options)
 
 
 def run_training(model, samples, config, ranks, resuming=False):

@@ -155,11 +155,11 @@ def test_trained_folders_are_complete_and_never_overwritten(rlds, cache, on_rank
 
 def test_video_without_actions_or_instructions_trains_both_stages(video, cache, t5, dino, tmp_path, capsys):
     """Stage 1 with T5 and DINOv2, stage 2 from it, labels: each command's last line names the next command."""
-    settings = dict(features=str(dino), text=str(t5), image_size=14, action_fraction=0.5, max_steps=1)
+    settings = dict(features=str(dino), image_size=14, max_steps=1)
     first, second = tmp_path / "one", tmp_path / "two"
-    train_latent.train(lam_config(first, video, cache, stage=1, **settings), ONE)
+    train_latent.train(lam_config(first, video, cache, stage=1, text=str(t5), **settings), ONE)
     assert f"--stage 2 --init-from {first}" in capsys.readouterr().out
-    train_latent.train(lam_config(second, video, cache, stage=2, init_from=first, **settings), ONE)
+    train_latent.train(lam_config(second, video, cache, stage=2, init_from=first, action_fraction=0.5, **settings), ONE)
     assert f"Next: python label.py --data {video} --lam {second}" in capsys.readouterr().out
     (entry,) = read_log(second)
     assert "action_loss" not in entry and entry["loss"] > 0 and len(entry["usage"]) == len(entry["perplexity"]) == 4
