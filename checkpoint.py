@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common import broadcast_object
-from files import check_new_folder, load_tensors, save_tensors, write_json
+from files import check_new_folder, load_tensors, make_folder, save_tensors, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What training changes
@@ -89,7 +89,7 @@ def prepare_run(run, resume, main, description, key, free):
         unfinished = resume and config.exists() and not (run / "model.safetensors").exists()
         if not (unfinished and key in json.loads(config.read_text())):
             check_new_folder(run)
-            run.mkdir(parents=True, exist_ok=True)
+            make_folder(run, "--out")
         write_json(config, description)
     return False
 

@@ -91,6 +91,15 @@ def check_writable(path, option):
         raise PermissionError(f"{path} cannot be written: {existing} is read-only. Choose another place with {option}")
 
 
+def make_folder(path, option):
+    """Make a folder unless it is there. Raise PermissionError naming the `option` that chooses it when that fails."""
+    check_writable(path, option)
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # what os.access does not know of
+        raise PermissionError(f"{path} cannot be made: {error}. Choose another place with {option}") from error
+
+
 def check_new_folder(path):
     """Raise FileExistsError when the folder of a run holds something, for no run is ever overwritten.
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import check_writable
+from files import make_folder
 
 CACHE = Path("~/.cache/latent-actions")  # where indices and labels are kept unless --cache says otherwise
 COPY_AGAIN = "Copy it again from where it came."
@@ -303,8 +303,7 @@ class IndexWriter:
     def __init__(self, folder):
         """folder: where the index will be. Raise PermissionError naming --cache when it cannot be written."""
         self.folder = folder
-        check_writable(folder.parent, "--cache")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent, "--cache")
         self.temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
         self.arrays = {}  # {(kind, path): (open file, dtype, shape of a row)}
         self.texts = {}  # {path: {text: number}}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import init_distributed, shutdown_distributed
 from data import open_dataset
-from files import check_writable, map_tensors, save_tensors, shell_command
+from files import check_writable, make_folder, map_tensors, save_tensors, shell_command
 from index import CACHE, changed_cache
 from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
@@ -139,7 +139,7 @@ def main(config, ranks):
     model = load_lam(config.lam).to(ranks.device)
     check_frames(model.sizes, dataset)
     folder = out.with_name(out.name + ".parts")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out")
     metadata = {
         "data": dataset.fingerprint,
         "lam": fingerprint(config.lam),

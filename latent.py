@@ -653,7 +653,7 @@ def load_model(kind, path):
             raise FileNotFoundError(f"{path} is no {kind}: it has no {name}. {remedy}")
     config = json.loads((path / "config.json").read_text())
     if config.get("kind") != kind:
-        raise ValueError(f"{path} holds a '{config.get('kind')}' where a '{kind}' is needed. {remedy}")
+        raise ValueError(f"{path} holds a '{config.get('kind', 'run')}' where a '{kind}' is needed. {remedy}")
     model = build_model(kind, config["model"])
     tensors, _ = load_tensors(path / "model.safetensors")
     load_tensors_into(model, model.state_dict(), tensors, path)

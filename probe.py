@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 
 from common import init_distributed
 from data import open_dataset
-from files import check_writable, git_commit, write_json
+from files import check_writable, git_commit, make_folder, write_json
 from index import CACHE, episode_steps, later_steps, split_episodes
 from label import label_episodes
 from latent import camera_name, check_frames, fingerprint, load_lam, load_tokenizer, stack_texts, text_states
@@ -619,7 +619,7 @@ def main(config):
     splits = {path: held_out(path, dataset, config.max_episodes) for path in (config.lam, config.tokenizer) if path}
     if lam and not 0 <= config.position < lam.sizes.codes_per_step:
         raise ValueError(f"position is {config.position}; {config.lam} has 0 to {lam.sizes.codes_per_step - 1}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     report = {
         "data": dataset.name,
         "data_fingerprint": dataset.fingerprint,

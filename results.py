@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from files import check_writable, git_commit, shell_command, write_text
+from files import check_writable, git_commit, make_folder, shell_command, write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -85,7 +85,7 @@ class Results:
         `check_result_path`.
         """
         check_result_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, "--out")
         self.path = path
         self.file = open(path, "a", buffering=1)
         try:
