@@ -183,7 +183,7 @@ def smoke_cells(config, steps):
 PRESETS = {
     "fewshot": Preset(
         "Few demonstrations with actions, many without: do latent actions learn from the others?",
-        4750,
+        6000,
         20,
         fewshot_cells,
         "labelled",
@@ -191,11 +191,11 @@ PRESETS = {
         {"variant": "baseline", "rest": "dropped"},
     ),
     "ablations": Preset(
-        "Which parts of a variant matter?", 4750, 20, ablation_cells, "", "variant", {"change": "as is"}
+        "Which parts of a variant matter?", 6000, 20, ablation_cells, "", "variant", {"change": "as is"}
     ),
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",
-        4750,
+        6000,
         20,
         joint_cells,
         panels="variant",
