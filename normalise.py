@@ -35,7 +35,7 @@ def to_robosuite(action, grippers):
     """Return standardised actions [..., A] with robosuite's gripper command, f32 [..., A]: -1 open, 1 closed."""
     action = np.array(action, np.float32)
     for gripper in grippers:
-        action[..., gripper.index] = -np.sign(2.0 * action[..., gripper.index] - 1.0)
+        action[..., gripper.index] = np.where(action[..., gripper.index] > 0.5, -1, 1)
     return action
 
 

@@ -247,6 +247,8 @@ class Policy:
                     f"{name} is a {type(observation[name]).__name__}, not a {kind.__name__}; an observation is "
                     f"{self._example()}"
                 )
+        if any("\ud800" <= letter <= "\udfff" for letter in observation["instruction"]):
+            raise ValueError(f"the instruction {observation['instruction']!r} is no text: it has half a character")
         if missing := [name for name in self.cameras if name not in observation["images"]]:
             raise ValueError(
                 f"there is no image of {', '.join(missing)}; there are images of "
@@ -287,10 +289,11 @@ class Policy:
         size = len(self.state.low)
         if state.shape != (size,) or state.dtype.kind not in "fiu":
             raise ValueError(f"the state is {state.dtype} {state.shape}; it must be {size} numbers, ({size},)")
+        with np.errstate(over="ignore"):
+            state = state.astype(np.float32)  # as in data sets, so that what is given in f64 is answered alike
         if not np.isfinite(state).all():
             wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
             raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")
-        state = state.astype(np.float32)  # as in data sets, so that what is given in f64 is answered alike
         self._warn_of_range(state)
         return state
 

@@ -81,7 +81,7 @@ def prepare(config, ranks, free_to_change):
     vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
     for each in datasets:
         vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
-    taken = start_from(vla, config.init_from) if config.init_from else ""
+    taken = start_from(vla, config.init_from, [each.spec.embodiment for each in datasets]) if config.init_from else ""
     description = {
         "train": to_json(config),
         "model": asdict(vla.config),

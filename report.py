@@ -1,70 +1,95 @@
 """The analysis of a study: intervals over starts and training seeds, paired differences, charts, one Markdown report.
 
 Success varies with the start and with the training seed, and all policies play the same starts, so the two are crossed:
-intervals come from a bootstrap that draws both (Owen, "The pigeonhole bootstrap", 2007). Of S seeds it draws S - 1 and
-of N starts N - 1, with replacement, which makes the variance of a mean unbiased (Rao and Wu, 1988); that matters with
-three seeds. Where nothing varies, the interval is Wilson's.
+outcome = mean + seed + start + rest, a mixed model whose variances are estimated by moments (two-way analysis of
+variance), with Student's t at Satterthwaite's degrees of freedom. With three seeds a bootstrap over seeds would be far
+too sure. Of one seed the interval speaks of that run alone, and there is no p. Never narrower, and no p smaller, than
+what ignores the seeds: Wilson's interval, Agresti and Min's for pairs, McNemar's test.
 
-Axes: S training seeds, N starts, G groups of cells.
+Axes: S training seeds, N starts.
 """
 
 import json
 
 import numpy as np
 
-from files import write_json
-from results import read_trials, trial_key, wilson
+from files import write_json, write_text
+from results import mcnemar, paired_difference, read_trials, trial_key, wilson
 
-DRAWS = 10_000  # of the bootstrap
-LEVEL = (2.5, 97.5)  # percentiles
 SMOOTH = 100  # updates, over which learning curves are averaged
-EXPLANATION = """Intervals: 95 %, two-level bootstrap over training seeds and starts, which are crossed: S - 1 of S
-seeds and N - 1 of N starts in each draw; never narrower than Wilson's. Differences are to "{baseline}" with all else
-alike, paired by seed and start; p is the bootstrap's, in brackets Holm's correction for {compared} comparisons."""
+EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; of
+one seed, of that run alone. Differences are to "{baseline}" with all else alike, paired by seed and start; in brackets
+p after Holm's correction for {compared} comparisons."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
-def bootstrap_means(outcomes, draws=DRAWS, seed=0):
-    """Return means f64 [draws] of outcomes f64 [S, N] whose seeds and starts are drawn anew; NaN is left out."""
-    rng = np.random.default_rng(seed)
-    seeds, starts = outcomes.shape
-    known = np.isfinite(outcomes).astype(float)
-    values = np.nan_to_num(outcomes)
-    means = np.empty(draws)
-    for draw in range(draws):
-        a = draw_weights(rng, seeds)
-        b = draw_weights(rng, starts)
-        weight = a @ known @ b
-        means[draw] = a @ values @ b / weight if weight else np.nan
-    return means[np.isfinite(means)]
+def crossed_mean(values):
+    """Return (mean, standard error, degrees of freedom) of values f64 [S, N] over random seeds and starts.
+
+    Starts that a seed lacks (NaN) are left out for all. The squared error is (MS_seeds + MS_starts - MS_rest) / (S N),
+    but at least that of seeds or of starts alone. Of one seed, it is that of starts.
+    """
+    values = values[:, np.isfinite(values).all(0)]
+    seeds, starts = values.shape
+    if seeds * starts < 2 or starts < 2:
+        return float(values.mean()), np.inf, 1.0
+    mean, of_seeds, of_starts = values.mean(), values.mean(1), values.mean(0)
+    ms_starts = seeds * of_starts.var(ddof=1)
+    if seeds == 1:
+        return float(mean), float(np.sqrt(ms_starts / starts)), starts - 1.0
+    ms_seeds = starts * of_seeds.var(ddof=1)
+    rest = values - of_seeds[:, None] - of_starts + mean
+    ms_rest = np.square(rest).sum() / ((seeds - 1) * (starts - 1))
+    total = max(ms_seeds + ms_starts - ms_rest, ms_seeds, ms_starts)
+    spread = ms_seeds**2 / (seeds - 1) + ms_starts**2 / (starts - 1) + ms_rest**2 / ((seeds - 1) * (starts - 1))
+    freedom = max(1.0, total**2 / spread) if spread else starts - 1.0
+    return float(mean), float(np.sqrt(total / (seeds * starts))), float(freedom)
 
 
-def draw_weights(rng, count):
-    """Return how often each of `count` is drawn in count - 1 draws (one draw of one), f64 [count]."""
-    return np.bincount(rng.integers(0, count, max(1, count - 1)), minlength=count).astype(float)
+def t_tail(t, freedom):
+    """Return the probability that Student's t exceeds `t`, by the trapezoid rule in atan(t / sqrt(freedom))."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 40_001)
+    density = np.maximum(np.cos(angle), 0) ** (freedom - 1)
+    whole = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return float(1 - np.interp(np.arctan(t / np.sqrt(freedom)), angle, whole / whole[-1]))
+
+
+def t_quantile(freedom, tail=0.025):
+    """Return the t that Student's t exceeds with probability `tail`."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
+    return low
 
 
 def rate_interval(outcomes):
-    """Return (mean, low, high) of successes [S, N]: the bootstrap's 95 % interval, at least as wide as Wilson's."""
+    """Return (mean, low, high) of successes f64 [S, N]: the model's 95 % interval, at least as wide as Wilson's."""
     played = outcomes[np.isfinite(outcomes)]
-    low, high = np.percentile(bootstrap_means(outcomes), LEVEL)
-    wilson_low, wilson_high = wilson(int(played.sum()), played.size)
-    return float(played.mean()), float(min(low, wilson_low)), float(max(high, wilson_high))
+    mean, error, freedom = crossed_mean(outcomes)
+    low, high = wilson(int(played.sum()), played.size)
+    if np.isfinite(error):
+        width = t_quantile(freedom) * error
+        low, high = max(0.0, min(low, mean - width)), min(1.0, max(high, mean + width))
+    return float(played.mean()), float(low), float(high)
 
 
 def difference_interval(first, second):
-    """Return (mean, low, high, p) of second - first, both [S, N], paired by seed and start; p is two-sided.
-
-    p is twice the share of bootstrap means on the other side of 0.
-    """
-    difference = second - first
-    means = bootstrap_means(difference)
-    low, high = np.percentile(means, LEVEL)
-    share = (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + len(means))
-    return float(np.nanmean(difference)), float(low), float(high), float(min(1, 2 * share))
+    """Return (mean, low, high, p) of second - first, both f64 [S, N], paired by seed and start; p None for one seed."""
+    both = np.isfinite(first) & np.isfinite(second)
+    pairs = first[both].astype(bool).tolist(), second[both].astype(bool).tolist()
+    mean, low, high = paired_difference(*pairs)
+    _, error, freedom = crossed_mean(second - first)
+    p = mcnemar(*pairs)
+    if np.isfinite(error):
+        width = t_quantile(freedom) * error
+        low, high = min(low, mean - width), max(high, mean + width)
+        if error:
+            p = max(p, min(1.0, 2 * t_tail(abs(mean) / error, freedom)))
+    return float(mean), float(low), float(high), float(p) if len(first) > 1 else None
 
 
 def holm(ps):
@@ -85,17 +110,20 @@ def holm(ps):
 def read_cells(cells):
     """Return {group as text: {"group", "outcomes" f64 [S, N], "missing": seeds, "folders"}} in the order of the cells.
 
-    cells: list of (group, seed, folder). Seeds without a finished cell are NaN, and so are errors of the simulator.
+    cells: list of (group, seed, folder, whether it is finished). Seeds of others are NaN, and so are errors of the
+    simulator, which "errors" counts.
     """
     found = {}
-    for group, seed, folder in cells:
-        entry = found.setdefault(group_name(group), {"group": group, "seeds": [], "trials": [], "folders": []})
-        finished = (folder / "cell.json").exists()
+    for group, seed, folder, finished in cells:
+        empty = {"group": group, "seeds": [], "trials": [], "folders": [], "errors": 0}
+        entry = found.setdefault(group_name(group), empty)
         trials = read_trials(folder / "eval.jsonl") if finished else []
+        entry["errors"] += sum(trial["success"] is None for trial in trials)
         played = {trial_key(trial): trial["success"] for trial in trials if trial["success"] is not None}
         entry["seeds"].append(seed)
         entry["trials"].append(played)
-        entry["folders"].append(folder)
+        if finished:
+            entry["folders"].append(folder)
     keys = sorted({key for entry in found.values() for played in entry["trials"] for key in played})
     for entry in found.values():
         rows = [[float(played[key]) if key in played else np.nan for key in keys] for played in entry["trials"]]
@@ -122,7 +150,7 @@ def analyse(entries, preset):
     results = []
     for name, entry in entries.items():
         outcomes = entry["outcomes"]
-        result = {"name": name, "group": entry["group"], "seeds": entry["seeds"], "missing": entry["missing"]}
+        result = {"name": name} | {key: entry[key] for key in ("group", "seeds", "missing", "errors")}
         played = np.isfinite(outcomes)
         result |= {"successes": int(np.nansum(outcomes)), "episodes": int(played.sum())}
         if played.any():
@@ -136,7 +164,7 @@ def analyse(entries, preset):
                     first, second = other["outcomes"][shared], outcomes[shared]
                     result["difference"], *result["difference_ci95"], result["p"] = difference_interval(first, second)
         results.append(result)
-    compared = [result for result in results if "p" in result]
+    compared = [result for result in results if result.get("p") is not None]
     for result, p in zip(compared, holm([result["p"] for result in compared])):
         result["p_holm"] = p
     return results
@@ -155,16 +183,18 @@ def format_table(results, parts):
         missing = (
             f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if result["missing"] else ""
         )
+        if result["errors"]:
+            missing += f" INCOMPLETE: {result['errors']} trials ended in an error"
         if "success" not in result:
             rows.append([*cells, "missing" + missing, "", "", "", ""])
             continue
         cells.append(f"{result['successes']}/{result['episodes']} = {100 * result['success']:.1f} %{missing}")
         cells.append("{:.1f} to {:.1f} %".format(*(100 * end for end in result["ci95"])))
         cells.append(", ".join(f"{100 * rate:.0f}" for rate in result["by_seed"]))
-        if "p" in result:
+        if "difference" in result:
             ends = [100 * end for end in result["difference_ci95"]]
             cells.append(f"{100 * result['difference']:+.1f} ({ends[0]:+.1f} to {ends[1]:+.1f})")
-            cells.append(f"{result['p']:.2g} ({result['p_holm']:.2g})")
+            cells.append(f"{result['p']:.2g} ({result['p_holm']:.2g})" if result["p"] is not None else "one seed")
         else:
             cells += ["", ""]
         rows.append(cells)
@@ -266,7 +296,7 @@ def draw_curves(entries, path):
 def write_report(out, preset, cells, failed):
     """Write results.json, success.png, curves.png and report.md into `out`, and print the table.
 
-    preset: a `study.Preset`; cells: list of (group, seed, folder); failed: {cell: what went wrong}.
+    preset: a `study.Preset`; cells: as of `read_cells`, of all shards; failed: {cell: what went wrong}.
     """
     out.mkdir(parents=True, exist_ok=True)
     entries = read_cells(cells)
@@ -277,7 +307,7 @@ def write_report(out, preset, cells, failed):
     if missing:
         lines += [f"**INCOMPLETE: {missing} of {len(cells)} cells are missing.**", ""]
     lines += [format_table(results, parts), ""]
-    compared = sum("p" in result for result in results)
+    compared = sum(result.get("p") is not None for result in results)
     lines += [EXPLANATION.format(baseline=", ".join(map(str, preset.baseline.values())), compared=compared), ""]
     lines += [f"Failed: {name}: {fault}" for name, fault in failed.items()]
     if any("success" in result for result in results):
@@ -286,19 +316,19 @@ def write_report(out, preset, cells, failed):
         lines += ["![success](success.png)", "", "![action loss](curves.png)", ""]
     lines += provenance(cells)
     write_json(out / "results.json", {"results": results, "missing": missing, "failed": failed})
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "report.md", "\n".join(lines) + "\n")
     print("\n".join(lines[: lines.index("") + 3 + 2 * bool(missing)]))
     print(f"report: {out / 'report.md'}")
 
 
 def provenance(cells):
     """Return lines with the commits and one cell's commands."""
-    records = [folder / "run" / "config.json" for _, _, folder in cells if (folder / "cell.json").exists()]
-    commits = sorted({json.loads(path.read_text())["commit"] for path in records if path.exists()})
-    lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(records)} cells."]
-    for _, _, folder in cells:
-        if (folder / "cell.json").exists():
-            made = json.loads((folder / "cell.json").read_text())["commands"]
-            short = [text.replace(str(folder.parent), "OUT") for text in made]
-            return [*lines, "The commands of one cell:", "", "```text", *short, "```"]
-    return lines
+    folders = [folder for *_, folder, finished in cells if finished]
+    configs = [folder / "run" / "config.json" for folder in folders]
+    commits = sorted({json.loads(path.read_text())["commit"] for path in configs if path.exists()})
+    lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(folders)} cells."]
+    if not folders:
+        return lines
+    made = json.loads((folders[0] / "cell.json").read_text())["commands"]
+    short = [text.replace(str(folders[0].parent), "OUT") for text in made]
+    return [*lines, "The commands of one cell:", "", "```text", *short, "```"]

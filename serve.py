@@ -80,6 +80,14 @@ class Config:
 # Batches
 
 
+def check_config(config):
+    """Raise ValueError naming the setting and the value of what cannot work, before anything is loaded."""
+    if config.batch < 1 or config.max_clients < 1:
+        raise ValueError(f"batch is {config.batch} and max_clients {config.max_clients}; both must be at least 1")
+    if config.protocol == "openpi" and (config.execute or config.average_chunks):
+        raise ValueError("execute and average_chunks have no effect with openpi, whose clients get whole chunks")
+
+
 class Batcher:
     """Answers observations that come together as one batch, always on the one thread that loaded the policy."""
 
@@ -174,6 +182,17 @@ def pick(message, cameras, names, state, text):
     return {"images": images, "state": message[state], "instruction": message[text]}
 
 
+def image_names(config, policy, default):
+    """Return what messages call the images of the policy's cameras. Raise ValueError unless each has its own name."""
+    names = list(config.images or default)
+    if len(set(names)) != len(policy.cameras) or len(names) != len(policy.cameras):
+        raise ValueError(
+            f"the policy's cameras {', '.join(policy.cameras)} are called {', '.join(names)} in messages; name each "
+            "once with --images"
+        )
+    return names
+
+
 class OpenPi:
     """openpi's protocol (github.com/Physical-Intelligence/openpi): the server speaks first.
 
@@ -182,7 +201,7 @@ class OpenPi:
 
     def __init__(self, batcher, config):
         self.batcher = batcher
-        self.names = config.images or [f"observation/{camera}" for camera in batcher.policy.cameras]
+        self.names = image_names(config, batcher.policy, [f"observation/{name}" for name in batcher.policy.cameras])
 
     def greeting(self):
         """Return the first message."""
@@ -246,7 +265,8 @@ class VlaEval:
         self.messages = messages
         self.batcher = batcher
         policy = batcher.policy
-        self.names = config.images or ["wrist" if "wrist" in camera else "agentview" for camera in policy.cameras]
+        views = ["wrist" if "wrist" in camera else "agentview" for camera in policy.cameras]
+        self.names = image_names(config, policy, views)
         self.execution = Execution(policy.chunk, config.execute, config.average_chunks)
 
     def greeting(self):
@@ -363,6 +383,7 @@ async def listen(config, batcher, ready=None):
             )
         return None
 
+    PROTOCOLS[config.protocol](batcher, config)  # raises what each connection's would
     working = asyncio.create_task(batcher.run())
     limits = dict(max_size=int(config.max_message * 1e6), compression=None, process_request=before)
     # Clients that compile or render do not answer for a while: wait for them, but not for ever.
@@ -378,6 +399,7 @@ async def listen(config, batcher, ready=None):
 
 def main(config):
     """Load a run and serve it."""
+    check_config(config)
     asyncio.run(serve_run(config))
 
 

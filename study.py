@@ -18,14 +18,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from data import open_dataset
+from index import split_episodes
 from report import write_report
+from tiny import SIZES
 
 ROOT = Path(__file__).resolve().parent
 LATENT = ("la_tok", "la_align", "la_direct", "la_cond")
@@ -105,28 +107,40 @@ def variants_of(config, known):
     return [variant for variant in known if not config.variants or variant in config.variants]
 
 
+def training_demonstrations(config, seed):
+    """Return (number of training episodes, number of instructions) of the study's data."""
+    counts = [0, 0]
+    for dataset in map(open_dataset, config.data):
+        counts[0] += len(split_episodes(dataset, 0.05, seed)[0])  # --val-fraction's default
+        counts[1] += len(dataset.instructions())
+    return counts
+
+
 def fewshot_cells(config, steps):
-    """Return cells with 2, 5 or all 18 demonstrations of each instruction labelled, and the others dropped, used as
-    video beside the actions (half of each batch), or as video first.
+    """Return cells with 2, 5 or all demonstrations of each instruction labelled, and the others dropped, used as video
+    beside the actions (half of each batch), or as video first.
 
     Joint training takes twice the updates, so that the actions get as many as alone; video first takes as many again.
     la_tok learns from actions alone, so video teaches it nothing.
     """
+    episodes, instructions = training_demonstrations(config, config.seeds[0])
     cells = []
-    for labelled in (18, 5, 2):
+    for labelled in ("all", 5, 2):
         for rest in ("dropped", "joint", "first"):
             for variant in variants_of(config, ("baseline", *LATENT)):
-                if rest != "dropped" and (labelled == 18 or variant in ("baseline", "la_tok")):
+                if rest != "dropped" and (labelled == "all" or variant in ("baseline", "la_tok")):
                     continue
-                actions = ["--variant", variant, "--episodes", labelled, "--max-steps", steps]
+                chosen = [] if labelled == "all" else ["--episodes", labelled]
+                actions = ["--variant", variant, *chosen, "--max-steps", steps]
                 stages = [actions]
                 if rest == "joint":
-                    video = ["--rest", "video", "--rest-weight", round(labelled / (18 - labelled), 4)]
-                    stages = [[*actions[:-1], 2 * steps, *video]]
+                    share = labelled * instructions / (episodes - labelled * instructions)
+                    stages = [[*actions[:-1], 2 * steps, "--rest", "video", "--rest-weight", round(share, 4)]]
                 elif rest == "first":
                     first = ["--variant", variant, "--data-fraction", 0, "--rest", "video", "--max-steps", steps]
                     stages = [first, actions]
-                cells.append(({"variant": variant, "rest": rest, "labelled": labelled}, stages))
+                number = round(episodes / instructions) if labelled == "all" else labelled
+                cells.append(({"variant": variant, "rest": rest, "labelled": number}, stages))
     return cells
 
 
@@ -138,13 +152,15 @@ def ablation_cells(config, steps):
         "la_align": {
             "as is": [],
             "layer 1": ["--align-layer", 1],
-            "last layer": ["--align-layer", 4],
+            "last layer": ["--align-layer", SIZES["tiny"][0]["num_hidden_layers"]],
             "lambda 0.1": ["--latent-weight", 0.1],
             "quantised": ["--align-target", "quantised"],
         },
         "la_direct": {"as is": [], "continuous": ["--continuous"], "lambda 1": ["--latent-weight", 1.0]},
         "la_cond": {"as is": [], "continuous": ["--continuous"], "lambda 1": ["--latent-weight", 1.0]},
     }
+    if "--backbone" in config.train:
+        del changes["la_align"]["last layer"]  # which is another number there
     return [
         ({"variant": variant, "change": change}, [["--variant", variant, "--max-steps", steps, *options]])
         for variant in variants_of(config, changes)
@@ -183,7 +199,7 @@ def smoke_cells(config, steps):
 PRESETS = {
     "fewshot": Preset(
         "Few demonstrations with actions, many without: do latent actions learn from the others?",
-        4750,
+        6000,
         20,
         fewshot_cells,
         "labelled",
@@ -191,11 +207,11 @@ PRESETS = {
         {"variant": "baseline", "rest": "dropped"},
     ),
     "ablations": Preset(
-        "Which parts of a variant matter?", 4750, 20, ablation_cells, "", "variant", {"change": "as is"}
+        "Which parts of a variant matter?", 6000, 20, ablation_cells, "", "variant", {"change": "as is"}
     ),
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",
-        4750,
+        6000,
         20,
         joint_cells,
         panels="variant",
@@ -313,16 +329,33 @@ def print_plan(config, cells):
     print(f"{todo} of {len(cells)} cells to do: {updates} updates, {todo * trials} episodes of each task")
 
 
+def check_config(config):
+    """Raise ValueError naming the setting and the value of what cannot work, or would make cells what they are not."""
+    own = {"--max-steps", "--seed", "--seeds", "--out", "--variant", "--data", "--resume", "--init-from", "--trials"}
+    for name in ("train", "evaluate"):
+        words = {word.partition("=")[0] for word in shlex.split(getattr(config, name))}
+        if taken := words & own:
+            raise ValueError(f"{name} has {', '.join(sorted(taken))}, which the cells set themselves; see --help")
+    if unknown := set(config.variants) - {"baseline", *LATENT}:
+        raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are baseline, {', '.join(LATENT)}")
+    if len(set(config.seeds)) < len(config.seeds) or not config.seeds:
+        raise ValueError(f"seeds are {list(config.seeds)}; give some, each once")
+    if config.jobs < 1:
+        raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
+
+
 def main(config):
     """Run a study's missing cells and write its report; return the number of cells that failed."""
+    check_config(config)
     config.out = config.out.resolve()
     cells = make_cells(config)
     if config.dry_run:
         print_plan(config, cells)
         return 0
     failed = {} if config.report_only else run_cells(config, cells)
-    everything = [(cell.group, cell.seed, cell_folder(config, cell)) for cell in make_cells(config)]
-    write_report(config.out, PRESETS[config.preset], everything, failed)
+    everything = make_cells(replace(config, shard=""))
+    cells = [(cell.group, cell.seed, cell_folder(config, cell), finished(config, cell)) for cell in everything]
+    write_report(config.out, PRESETS[config.preset], cells, failed)
     return len(failed)
 
 

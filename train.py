@@ -142,7 +142,7 @@ class Config:
     """keep only the inputs of the backbone's layers for the backward pass: less memory, about a third more work"""
     compile: bool = False
     """compile backbone and head: minutes at the start, faster steps"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """peak learning rate (the paper: 1e-4 with a pretrained backbone)"""
     lr_scheduler: Literal["constant", "step", "cosine"] = "cosine"
     """constant, halved every --lr-decay-every steps (the paper), or cosine to 1 %"""
@@ -157,7 +157,7 @@ class Config:
     """decay of matrices; norms, biases and queries are never decayed"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm (0: never)"""
-    max_steps: int = 4750
+    max_steps: int = 6000
     """optimizer updates; a resumed run of the constant or the step schedule may get more"""
     epochs: float = 0.0
     """passes over the data; replaces --max-steps when positive"""

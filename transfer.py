@@ -16,11 +16,12 @@ PARTS = {"backbone": "backbone", "queries": "placeholders", "head": "head", "lat
 
 
 @torch.no_grad()
-def start_from(vla, run):
+def start_from(vla, run, embodiments):
     """Overwrite what is trained in `vla` by the run's weights of the same names and shapes; return what was taken.
 
-    The backbone must fit as a whole; placeholders, action head and latent head are taken tensor by tensor. Layers that
-    belong to an embodiment are left alone where the two runs have other embodiments. Return a text that says, for each
+    The backbone must fit as a whole; placeholders, action head and latent head are taken tensor by tensor. The layers
+    for state and actions belong to an embodiment: they are taken only where both runs have the same `embodiments`, the
+    names of this one's data sets in order. Return a text that says, for each
     part, how many tensors were taken, and names those that were not. Raise FileNotFoundError or ValueError when `run`
     is no trained run, or one of another backbone.
     """
@@ -31,16 +32,16 @@ def start_from(vla, run):
     content = read_json(run / "config.json")
     if content.get("base_hash") != base_hash(vla):
         raise ValueError(f"init_from: {run} was trained on another backbone than {vla.config.backbone}")
-    same_robots = [list(e) for e in content["model"].get("embodiments", [])] == [
-        list(e) for e in vla.config.embodiments
-    ]
+    theirs = [entry.get("embodiment", "libero") for entry in content["data"]]
+    same_robots = list(dict.fromkeys(theirs)) == list(dict.fromkeys(embodiments))
     taken = {part: [0, 0] for part in PARTS}  # part -> tensors taken, tensors
     left = []
     for name, own in trainable_tensors(vla).items():
         part = name.split(".")[0]
         taken[part][1] += 1
         other = tensors.get(name)
-        if other is None or other.shape != own.shape or (".layers." in name and part == "head" and not same_robots):
+        of_a_robot = name.startswith(("head.proprio.", "head.out."))
+        if other is None or other.shape != own.shape or (of_a_robot and not same_robots):
             left.append(f"{name} {list(own.shape)} (there: {list(other.shape) if other is not None else 'none'})")
             continue
         own.copy_(other)

@@ -75,7 +75,9 @@ class Watch:
         if weights.exists():
             with safe_open(weights, "pt") as file:
                 step = int(file.metadata()["step"])
-            if step <= first and step not in self.logged:
+            if step in self.logged:  # it had ended when training was killed, perhaps before its weights were kept
+                self._keep_if_best(step, self._results())
+            elif step <= first:
                 self._start(step)
 
     def begin(self, step):
@@ -116,12 +118,17 @@ class Watch:
             reason = output.read_text().strip().rpartition("\n")[2]
             say(f"WARNING: the evaluation of step {self.step} failed: {reason} (all of it: {output})")
             return
-        if self.step == max(results, key=lambda number: (results[number]["success_rate"], number)):
-            try:
-                copy_run(self.folder, self.run / "best")
-            except OSError as error:
-                say(f"WARNING: {self.run / 'best'} is not written: {error}")
+        self._keep_if_best(self.step, results)
         self._log_results(step)
+
+    def _keep_if_best(self, step, results):
+        """Copy the weights in the folder, those of `step`, to RUN/best if none of the results is better."""
+        if step not in results or step != max(results, key=lambda number: (results[number]["success_rate"], number)):
+            return
+        try:
+            copy_run(self.folder, self.run / "best")
+        except OSError as error:
+            say(f"WARNING: {self.run / 'best'} is not written: {error}")
 
     def _results(self):
         """Return {step: {"successes", "episodes", "success_rate", "ci95"}} of all that have a result, in order."""

@@ -296,6 +296,19 @@ def test_vla_evals_own_clients(run, policy, sim, tmp_path):
     assert code == 0 and "stopped after 6 answers" in text
 
 
+def test_settings_that_cannot_work_are_refused(policy):
+    """Before a client connects: no batch, what openpi's clients do not get, images that are not one name a camera."""
+    for expected, changes in (
+        ("batch is 0", {"batch": 0}),
+        ("no effect with openpi", {"execute": 3}),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            serve.check_config(serve.Config("run", **changes))
+    for images in (("one",), ("one", "one")):
+        with pytest.raises(ValueError, match="image, wrist_image are called one.* in messages; name each"):
+            serve.image_names(serve.Config("run", images=images), policy, [])
+
+
 def test_server_listens_to_this_machine_alone_unless_told():
     """The default address is the loopback's."""
     assert serve.Config("run").host == "127.0.0.1"

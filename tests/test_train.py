@@ -142,7 +142,7 @@ def test_wandb_gets_the_log_on_request(tmp_path, monkeypatch):
 def test_learning_rates_in_the_log(run):
     """The default schedule: a cosine from the peak at the first step to 1 % of it after the last."""
     lrs = column(log_of(run.folder), "lr")
-    assert np.allclose(lrs, [2e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * s / 40)) / 2) for s in range(40)])
+    assert np.allclose(lrs, [1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * s / 40)) / 2) for s in range(40)])
 
 
 def test_saved_model_is_the_trained_one(train_config, tmp_path):
@@ -738,7 +738,7 @@ def test_resume_with_other_settings_is_refused(run, rlds, cache, labels, train_c
     """The changed setting is named with both values, and the run stays as it is."""
     out = shutil.copytree(run.folder, tmp_path / "run")
     before = contents(out)
-    with pytest.raises(ValueError, match=r"trained with other settings: .*learning_rate 0.002 \(now 0.1\)"):
+    with pytest.raises(ValueError, match=r"trained with other settings: .*learning_rate 0.001 \(now 0.1\)"):
         train.main(train_config(out, variant="la_align", max_steps=40, learning_rate=0.1, resume=True))
     assert contents(out) == before
 

@@ -76,6 +76,20 @@ def test_backbone_must_fit_as_a_whole(first, train_config, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "larger").exists()
 
 
+def test_layers_of_another_robot_are_left_alone(first, train_config, tmp_path, capsys):
+    """The state's layer and the output layer belong to an embodiment; the rest of the head is taken."""
+    other = shutil.copytree(first, tmp_path / "other")
+    content = json.loads((other / "config.json").read_text())
+    content["data"][0]["embodiment"] = "bridge"
+    (other / "config.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    started(train_config(tmp_path / "run", variant="la_direct", init_from=str(other)))
+    left = re.search("left as they were: (.*)", capsys.readouterr().out)[1]
+    assert re.findall(r"[\w.]+(?= \[)", left) == [
+        f"head.{n}" for n in ("proprio.weight", "proprio.bias", "out.weight", "out.bias")
+    ]
+
+
 def test_resumed_run_does_not_start_over(first, train_config, tmp_path):
     """--init-from counts at the start alone: interrupted and resumed, a run is the one that was not."""
     whole = train.main(
