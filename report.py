@@ -49,21 +49,23 @@ def crossed_mean(values):
     return float(mean), float(np.sqrt(total / (seeds * starts))), float(freedom)
 
 
+def t_distribution(freedom):
+    """Return (angles, how probable it is that atan(t / sqrt(freedom)) of Student's t is below each), two arrays."""
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 40_001)
+    density = np.maximum(np.cos(angles), 0) ** (freedom - 1)
+    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return angles, below / below[-1]
+
+
 def t_tail(t, freedom):
-    """Return the probability that Student's t exceeds `t`, by the trapezoid rule in atan(t / sqrt(freedom))."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 40_001)
-    density = np.maximum(np.cos(angle), 0) ** (freedom - 1)
-    whole = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(1 - np.interp(np.arctan(t / np.sqrt(freedom)), angle, whole / whole[-1]))
+    """Return the probability that Student's t exceeds `t`."""
+    return float(1 - np.interp(np.arctan(t / np.sqrt(freedom)), *t_distribution(freedom)))
 
 
 def t_quantile(freedom, tail=0.025):
     """Return the t that Student's t exceeds with probability `tail`."""
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
-    return low
+    angles, below = t_distribution(freedom)
+    return float(np.sqrt(freedom) * np.tan(np.interp(1 - tail, below, angles)))
 
 
 def rate_interval(outcomes):
