@@ -150,6 +150,10 @@ class Backbone(nn.Module):
             )
         return ids
 
+    def knows(self, instruction):
+        """Return whether the ids of an instruction are on the device, so that it needs no tokenizer and has room."""
+        return (instruction, self.fixed_ids.device) in self.cached_ids
+
     def tokenise(self, instructions):
         """Map B instructions to ids i64 [B, T], padded with 0 on the right, and their numbers i64 [B].
 

@@ -17,6 +17,7 @@ from curves import draw_curves
 from dataspec import PRESETS, parse_spec
 from files import file_hash, read_json, write_text
 from model import VARIANTS
+from results import markdown_table
 from tiny import SIZES
 
 BEGIN, END = "<!-- results: written by eval.py -->", "<!-- end of the results -->"
@@ -156,7 +157,7 @@ def introduction(run, config):
         "A vision-language-action policy with latent-action supervision, after",
         "[From Pixels to Tokens](https://arxiv.org/abs/2605.04678).",
         "",
-        table(["", ""], rows.items()),
+        markdown_table(["", ""], rows.items()),
     ]
     if (run / "curves.png").exists():
         lines += ["", "![Training](curves.png)"]
@@ -231,7 +232,7 @@ def observation(entry):
     texts = [text for text in entry["instructions"] if text.strip()]
     more = [f"and {len(texts) - MOST_INSTRUCTIONS} more"] if len(texts) > MOST_INSTRUCTIONS else []
     rows["instructions"] = "; ".join([*texts[:MOST_INSTRUCTIONS], *more]) or "none"
-    return f"## Observations and actions of {entry['name']}\n\n{table(['', ''], rows.items())}"
+    return f"## Observations and actions of {entry['name']}\n\n{markdown_table(['', ''], rows.items())}"
 
 
 def shown_command(words):
@@ -310,7 +311,7 @@ def format_results(plain, summaries):
     for summary in plain:
         for suite in summary["suites"]:
             rows = [[line["instruction"], *cells(line)] for line in [*suite["tasks"], suite | {"instruction": "all"}]]
-            blocks.append(table([title(summary, suite), "success", "", "95 % interval"], rows))
+            blocks.append(markdown_table([title(summary, suite), "success", "", "95 % interval"], rows))
         versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
         commits = ", ".join(summary["commits"])
         blocks.append(f"`{shown_command(summary['command'])}`, commit {commits}, {versions}")
@@ -322,7 +323,7 @@ def format_results(plain, summaries):
     ]
     if rows:
         blocks.append("Controls, and other ways to execute the actions:")
-        blocks.append(table(["what the policy gets", "", "success", "", "95 % interval"], rows))
+        blocks.append(markdown_table(["what the policy gets", "", "success", "", "95 % interval"], rows))
     return blocks
 
 
@@ -332,9 +333,3 @@ def cells(counts):
     rate = f"{100 * counts['success_rate']:.1f} %" if counts["episodes"] else "-"
     errors = f", {counts['errors']} errors" if counts["errors"] else ""
     return [f"{counts['successes']}/{counts['episodes']}{errors}", rate, f"{100 * low:.1f} to {100 * high:.1f} %"]
-
-
-def table(names, rows):
-    """Return a Markdown table."""
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)

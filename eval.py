@@ -49,6 +49,7 @@ from results import (
     compare,
     group_by,
     print_table,
+    shard,
     summarise,
     tally,
     trial_key,
@@ -337,19 +338,6 @@ def warn_of_new_instructions(prompts, trained):
         )
 
 
-def shard(episodes, part):
-    """Return the part "i/n" of the episodes, every n-th from the i-th; all of them for "".
-
-    Raise ValueError when `part` is neither.
-    """
-    if not part:
-        return episodes
-    number, _, count = part.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"shard is '{part}'; write it as i/n with i from 1 to n, for example 1/4")
-    return episodes[int(number) - 1 :: int(count)]
-
-
 def mark_videos(episodes, video, folder):
     """Return the episodes with the path of their video in `folder`: all, failures, or the first trials of each task."""
     if video.isdigit():
@@ -459,7 +447,7 @@ def evaluate(config, policy):
         tasks = ", ".join(str(task) for (task,) in group_by(group, "task"))
         print(f"{suite}: task ids {tasks} (the suite has {len(simulator.tasks(suite))} tasks)")
     prompts = {episode.prompt for episode in episodes}
-    policy.reserve_text(max(map(policy.text_tokens, prompts)))
+    policy.reserve_text(policy.tokens_needed(prompts))
     if not config.mute:
         warn_of_new_instructions(prompts, policy.data_entry["instructions"])
     weights = file_hash(policy.run / "model.safetensors")

@@ -185,9 +185,11 @@ class Policy:
         """The number of tokens that are reserved for an instruction with its request."""
         return self.vla.backbone.text_length
 
-    def text_tokens(self, instruction):
-        """Return the number of tokens of an instruction with its request."""
-        return len(prompt_ids(self.vla.backbone.tokenizer, instruction, self.chunk))
+    def tokens_needed(self, instructions):
+        """Return how many tokens the longest of these takes with its request; 0 where all were answered before."""
+        backbone = self.vla.backbone
+        new = [text for text in instructions if not backbone.knows(text)]
+        return max((len(prompt_ids(backbone.tokenizer, text, self.chunk)) for text in new), default=0)
 
     def reserve_text(self, tokens):
         """Reserve at least this many tokens for an instruction with its request.
@@ -328,7 +330,7 @@ class Policy:
 
         images: C arrays u8 [B, h, w, 3] as stored in training, in the order of `cameras`; state: [B, N].
         """
-        self.reserve_text(max(map(self.text_tokens, instructions)))
+        self.reserve_text(self.tokens_needed(instructions))
         count = len(instructions)
         most = self.batch or MOST
         parts = []
@@ -368,11 +370,11 @@ class Policy:
         """Return a camera's stored images u8 [B, h, w, 3] as samples of training have them: square, of one size."""
         return np.stack([resize_image(fit_image(image, self.spec.image_fit), side) for image in images])
 
-    def warm_up(self, size=1):
-        """Answer `size` black observations, so that what is compiled at first use is compiled."""
+    def warm_up(self):
+        """Answer one black observation, so that what is compiled at first use is compiled."""
         sizes = [np.broadcast_to(camera["size"], 2) for camera in self.data_entry["cameras"].values()]
-        images = [np.zeros((size, *side, 3), np.uint8) for side in sizes]
-        self.predict(images, [""] * size, np.zeros((size, len(self.state.low) if self.state else 0)))
+        images = [np.zeros((1, *side, 3), np.uint8) for side in sizes]
+        self.predict(images, [""], np.zeros((1, len(self.state.low) if self.state else 0)))
 
     def controller(self, execute=0, average=False, gripper="data"):
         """Return a `Controller` that asks this policy; see `execution.Execution` for execute and average."""

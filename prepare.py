@@ -81,7 +81,9 @@ def prepare(config, ranks, free_to_change):
     vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
     for each in datasets:
         vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
-    taken = start_from(vla, config.init_from, [each.spec.embodiment for each in datasets]) if config.init_from else ""
+    before = settings_to_resume(run, config.resume, "train")
+    if config.init_from and not before:
+        print0(start_from(vla, config.init_from, [each.spec.embodiment for each in datasets]))
     description = {
         "train": to_json(config),
         "model": asdict(vla.config),
@@ -95,14 +97,11 @@ def prepare(config, ranks, free_to_change):
         "commit": git_commit(),
         "torch": torch.__version__,
     }
-    before = settings_to_resume(run, config.resume, "train")
     if before:
         check_length(run, count_steps(before, dataset), steps, config.lr_scheduler, config.warmup_ratio)
         if config.backbone not in SIZES and read_json(run / "config.json").get("base_hash") == description["base_hash"]:
             free_to_change = free_to_change | {"backbone"}  # the same one lies elsewhere
     resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change | LENGTH)
-    if taken and not resuming:
-        print0(taken)
     if ranks.main:
         if before:
             update_config(run, description)

@@ -13,8 +13,9 @@ import json
 
 import numpy as np
 
+from curves import read_log
 from files import write_json, write_text
-from results import mcnemar, paired_difference, read_trials, trial_key, wilson
+from results import markdown_table, mcnemar, paired_difference, read_trials, trial_key, wilson
 
 SMOOTH = 100  # updates, over which learning curves are averaged
 EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; of
@@ -179,7 +180,7 @@ def analyse(entries, preset):
 def format_table(results, parts):
     """Return the results as Markdown; what is missing is said in the row itself. parts: names of a group's parts."""
     heads = [*parts, "success", "95 % interval", "by seed", "minus baseline (points)", "p (Holm)"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = []
     for result in results:
         cells = [str(result["group"].get(part, "")) for part in parts]
         missing = (
@@ -200,30 +201,27 @@ def format_table(results, parts):
         else:
             cells += ["", ""]
         rows.append(cells)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(heads, rows)
 
 
 def learning_curve(folder):
     """Return (updates, action loss averaged over SMOOTH updates) of a cell's last stage, two arrays."""
-    path = folder / "run" / "log.jsonl"
-    if not path.exists():
+    if not (folder / "run" / "log.jsonl").exists():
         return np.empty(0), np.empty(0)
-    losses = [json.loads(line).get("action_loss", np.nan) for line in path.read_text().splitlines()]
+    losses = [entry["action_loss"] for entry in read_log(folder / "run") if "action_loss" in entry]
     whole = len(losses) // SMOOTH * SMOOTH
     return np.arange(whole // SMOOTH) * SMOOTH, np.array(losses[:whole], float).reshape(-1, SMOOTH).mean(1)
 
 
 def draw_success(results, preset, path):
     """Draw success with bands: against the preset's x, one line for each variant, or as bars; a panel for each kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     shown = [result for result in results if "success" in result]
     variants = list(dict.fromkeys(result["group"]["variant"] for result in shown))
     panels = list(dict.fromkeys(result["group"].get(preset.panels, "") for result in shown)) or [""]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels) + 0.6, 3.8), sharey=True, squeeze=False)
+    figure = Figure(figsize=(4.2 * len(panels) + 0.6, 3.8), layout="tight")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], panels):
         inside = [result for result in shown if result["group"].get(preset.panels, "") == panel]
         if preset.panels == "rest" and panel != "dropped":  # what trains on the labelled alone, for comparison
@@ -236,9 +234,7 @@ def draw_success(results, preset, path):
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("success")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def draw_lines(axis, results, x, variants):
@@ -271,12 +267,10 @@ def draw_bars(axis, results, left_out):
 
 def draw_curves(entries, path):
     """Draw the action loss of each group in training, the mean of its seeds; flat at the end means enough steps."""
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axis = figure.subplots()
     for number, (name, entry) in enumerate(entries.items()):
         curves = [curve for curve in map(learning_curve, entry["folders"]) if len(curve[0])]
         if not curves:
@@ -290,9 +284,7 @@ def draw_curves(entries, path):
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=6, ncols=2)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def write_report(out, preset, cells, failed):

@@ -174,6 +174,22 @@ def tally(trials):
     }
 
 
+def shard(things, part):
+    """Return the part "i/n" of a list, every n-th from the i-th; all of it for "". Raise ValueError for other parts."""
+    if not part:
+        return things
+    number, _, count = part.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"shard is '{part}'; write it as i/n with i from 1 to n, for example 1/4")
+    return things[int(number) - 1 :: int(count)]
+
+
+def markdown_table(names, rows):
+    """Return rows of texts as a Markdown table. names: of the columns."""
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
 def group_by(trials, *names):
     """Return {values of these keys: trials}, in order of first appearance."""
     groups = {}

@@ -116,7 +116,7 @@ class Batcher:
 
     def _prepare(self, observation):
         prepared = self.policy.prepare(observation)
-        tokens = self.policy.text_tokens(observation["instruction"])
+        tokens = self.policy.tokens_needed([observation["instruction"]])
         if tokens > self.policy.text_length:
             raise ValueError(
                 f"the instruction takes {tokens} tokens with its request, but {self.policy.text_length} are reserved: "

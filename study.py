@@ -11,7 +11,6 @@ a training seed. Its commands are those of train.py and eval.py, and it lies in 
 may run the cells in any order; the same command again does what is missing. report.py analyses what is there.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -25,8 +24,10 @@ from typing import Literal
 import tyro
 
 from data import open_dataset
+from files import read_json, write_json
 from index import split_episodes
 from report import write_report
+from results import shard
 from tiny import SIZES
 
 ROOT = Path(__file__).resolve().parent
@@ -230,12 +231,7 @@ def make_cells(config):
         for seed in config.seeds
         for group, stages in preset.make(config, config.steps or preset.steps)
     ]
-    if not config.shard:
-        return cells
-    number, _, count = config.shard.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"shard is '{config.shard}'; write it as i/n with i from 1 to n, for example 1/4")
-    return cells[int(number) - 1 :: int(count)]
+    return shard(cells, config.shard)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,7 +261,7 @@ def commands(config, cell):
 def finished(config, cell):
     """Return whether a cell has been trained and played with as many trials as are wanted."""
     path = cell_folder(config, cell) / "cell.json"
-    return path.exists() and json.loads(path.read_text())["commands"] == plain(config, cell)
+    return path.exists() and read_json(path)["commands"] == plain(config, cell)
 
 
 def plain(config, cell):
@@ -286,8 +282,7 @@ def run_cell(config, cell):
             if done.returncode:
                 return f"{words[1]} ended with status {done.returncode}; see {folder / 'output.txt'}"
     record = {"group": cell.group, "seed": cell.seed, "commands": plain(config, cell), "seconds": time.time() - started}
-    (folder / "cell.json.tmp").write_text(json.dumps(record, indent=1))
-    os.replace(folder / "cell.json.tmp", folder / "cell.json")
+    write_json(folder / "cell.json", record)
     return ""
 
 

@@ -20,7 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import VARIANTS
-from results import mcnemar, paired_difference, read_trials, trial_key, wilson
+from results import markdown_table, mcnemar, paired_difference, read_trials, trial_key, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROLS = {  # column -> flags of eval.py
@@ -159,11 +159,9 @@ def format_table(config):
     reference = outcomes(config, config.variants[0])
     heads = [f"seed {seed}" for seed in config.seeds]
     heads += ["all", "95 % interval", f"minus {config.variants[0]} (points)", *CONTROLS]
-    rows = [["", *heads], ["---"] * (len(heads) + 1)]
-    rows += [[f"`{variant}`", *format_row(config, variant, reference)] for variant in config.variants]
+    rows = [[f"`{variant}`", *format_row(config, variant, reference)] for variant in config.variants]
     missing = sum(cell == "missing" for row in rows for cell in row)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.append("")
+    lines = [markdown_table(["", *heads], rows), ""]
     lines.append(f"Trained at {', '.join(commits(config)) or 'no commit yet'}, on {os.cpu_count()} cores.")
     if missing:
         lines.append(f"INCOMPLETE: {missing} cells are missing.")

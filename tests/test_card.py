@@ -41,7 +41,11 @@ def add_results(folder, name="eval", successes=3, **settings):
     """Write the summary of five trials of one task."""
     entries = [record(seed, seed < successes) for seed in range(5)]
     shared = {"settings": {"model": file_hash(folder / "model.safetensors")} | settings}
-    shared |= {"versions": {"mujoco": "3.3.2"}, "commits": ["c"], "command": ["/somewhere/eval.py", "/root/runs/x"]}
+    shared |= {
+        "versions": {"mujoco": "3.3.2"},
+        "commits": ["c"],
+        "command": ["/somewhere/eval.py", "/somewhere/runs/x"],
+    }
     write_json(folder / f"{name}.json", results.summarise(entries, {}) | shared)
 
 
@@ -77,9 +81,17 @@ def test_training_writes_a_card(run, folder, cache, rlds):
 
 def test_paths_of_the_command_are_cut():
     """To their last names when they begin at the root, at home or above; what lies in the project's folder stays."""
-    words = ["/home/me/train.py", "--data", "/mnt/big data/set_a", "--out=~/runs/b", "--spec", "../c.json", "runs/d"]
+    words = [
+        "/elsewhere/me/train.py",
+        "--data",
+        "/elsewhere/big data/set_a",
+        "--out=~/runs/b",
+        "--spec",
+        "../c.json",
+        "runs/d",
+    ]
     words += [
-        "--eval-flags=--cache /home/me/e --suite f",
+        "--eval-flags=--cache /elsewhere/me/e --suite f",
         "--backbone",
         "Qwen/Qwen3-VL-2B-Instruct",
         "--data",

@@ -379,6 +379,15 @@ def test_longer_instructions_need_nothing(folder, tmp_path):
     assert np.allclose(policy(observe() | {"instruction": LONG_TEXT}), longer, atol=1e-6)
 
 
+def test_known_instructions_are_not_tokenised_again(folder, monkeypatch):
+    """Only the first call with an instruction needs the tokenizer; a robot asks with the same one many times."""
+    policy = Policy(folder)
+    expected = policy(observe())
+    monkeypatch.setattr(policy.vla.backbone, "tokenizer", None)
+    assert np.array_equal(policy([observe(), observe()])[0], policy([observe(), observe()])[1])
+    assert np.allclose(policy(observe()), expected, atol=1e-6)
+
+
 def test_room_for_longer_instructions_is_the_model_s_with_that_room(folder, tmp_path):
     """A policy that made room later acts as one of the same weights that had it from the start."""
     shutil.copytree(folder, tmp_path / "run")

@@ -91,13 +91,15 @@ def test_layers_of_another_robot_are_left_alone(first, train_config, tmp_path, c
 
 
 def test_resumed_run_does_not_start_over(first, train_config, tmp_path):
-    """--init-from counts at the start alone: interrupted and resumed, a run is the one that was not."""
-    whole = train.main(
-        train_config(tmp_path / "whole", variant="la_cond", init_from=str(first), max_steps=4, save_every=2)
-    )
+    """--init-from counts at the start alone: interrupted and resumed, a run is the one that was not, and the other run
+    may be gone."""
+    given = shutil.copytree(first, tmp_path / "given")
+    settings = dict(variant="la_cond", init_from=str(given), max_steps=4, save_every=2)
+    whole = train.main(train_config(tmp_path / "whole", **settings))
     again = shutil.copytree(whole, tmp_path / "again")
     for name in ("training-4.safetensors", "model.safetensors"):
         (again / name).unlink()
-    train.main(train_config(again, variant="la_cond", init_from=str(first), max_steps=4, save_every=2, resume=True))
+    shutil.rmtree(given)
+    train.main(train_config(again, **settings, resume=True))
     one, other = (load_tensors(run / "model.safetensors")[0] for run in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
