@@ -135,6 +135,23 @@ def read_cells(cells):
     return found
 
 
+def control_file(folder, control):
+    """Return the file of a cell's trials with a control."""
+    return folder / f"{control.replace(' ', '-')}.jsonl"
+
+
+def read_controls(entry, controls):
+    """Return {control: [successes, episodes]} of the finished cells of an entry of `read_cells` that played it."""
+    played = {}
+    for control in controls:
+        files = [control_file(folder, control) for folder in entry["folders"]]
+        trials = [trial["success"] for file in files if file.exists() for trial in read_trials(file)]
+        known = [success for success in trials if success is not None]
+        if known:
+            played[control] = [sum(known), len(known)]
+    return played
+
+
 def group_name(group):
     """Return a group as text."""
     return ", ".join(str(value) for value in group.values())
@@ -154,6 +171,7 @@ def analyse(entries, preset):
     for name, entry in entries.items():
         outcomes = entry["outcomes"]
         result = {"name": name} | {key: entry[key] for key in ("group", "seeds", "missing", "errors")}
+        result["controls"] = read_controls(entry, preset.controls)
         played = np.isfinite(outcomes)
         result |= {"successes": int(np.nansum(outcomes)), "episodes": int(played.sum())}
         if played.any():
@@ -202,6 +220,15 @@ def format_table(results, parts):
             cells += ["", ""]
         rows.append(cells)
     return markdown_table(heads, rows)
+
+
+def format_controls(results, controls):
+    """Return a table of the successes with each control as Markdown, of the runs that played them."""
+    rows = []
+    for result in results:
+        counts = [result["controls"].get(control) for control in controls]
+        rows.append([result["name"], *("missing" if count is None else "{}/{}".format(*count) for count in counts)])
+    return markdown_table(["the first seed's run with", *controls], rows)
 
 
 def learning_curve(folder):
@@ -301,6 +328,8 @@ def write_report(out, preset, cells, failed):
     if missing:
         lines += [f"**INCOMPLETE: {missing} of {len(cells)} cells are missing.**", ""]
     lines += [format_table(results, parts), ""]
+    if preset.controls:
+        lines += [format_controls(results, preset.controls), ""]
     compared = sum(result.get("p") is not None for result in results)
     lines += [EXPLANATION.format(baseline=", ".join(map(str, preset.baseline.values())), compared=compared), ""]
     lines += [f"Failed: {name}: {fault}" for name, fault in failed.items()]

@@ -1,5 +1,6 @@
 """When do latent actions help? Train and evaluate a table of runs, and report on it.
 
+    python study.py variants --out runs/variants          # the README's table
     python study.py fewshot --out runs/fewshot            # what is missing is trained and played; then the report
     python study.py fewshot --out runs/fewshot --dry-run  # the cells, what they cost, and their plain commands
     python study.py fewshot --out runs/fewshot --shard 1/8            # every eighth cell, as in a SLURM array
@@ -26,20 +27,28 @@ import tyro
 from data import open_dataset
 from files import read_json, write_json
 from index import split_episodes
-from report import write_report
+from report import control_file, write_report
 from results import shard
 from tiny import SIZES
 
 ROOT = Path(__file__).resolve().parent
 LATENT = ("la_tok", "la_align", "la_direct", "la_cond")
 TRIES = 2  # of a cell that crashes, in one call
+CONTROLS = {  # what the policy is denied -> flags of eval.py
+    "blind": ("--blind",),
+    "main camera black": ("--black-camera", "image"),
+    "wrist camera black": ("--black-camera", "wrist_image"),
+    "cameras swapped": ("--swap-cameras",),
+    "mute": ("--mute",),
+}
+CONTROL_TRIALS = 10  # starts of each task and control
 
 
 @dataclass
 class Config:
     """Settings of `python study.py`."""
 
-    preset: tyro.conf.Positional[Literal["fewshot", "ablations", "joint", "long", "smoke"]]
+    preset: tyro.conf.Positional[Literal["variants", "fewshot", "ablations", "joint", "long", "smoke"]]
     """the question: see `PRESETS`"""
     out: Path
     """folder of the cells and of the report"""
@@ -60,7 +69,7 @@ class Config:
     launch: str = ""
     """what starts train.py (default: this Python; on GPUs --launch="torchrun --standalone --nproc-per-node 8")"""
     jobs: int = 1
-    """cells side by side"""
+    """cells side by side, each on its share of the cores"""
     shard: str = ""
     """i/n: only every n-th cell, beginning with the i-th (from 1)"""
     dry_run: bool = False
@@ -79,6 +88,8 @@ class Cell:
     """of training"""
     stages: list = field(default_factory=list)
     """options of train.py for each stage; a later one starts from the weights of the one before"""
+    controls: tuple = ()
+    """names of the `CONTROLS` that are played too"""
 
     @property
     def name(self):
@@ -97,6 +108,7 @@ class Preset:
     x: str = ""  # the part of a group on the chart's horizontal axis
     panels: str = ""  # the part of a group that gets a chart of its own
     baseline: dict = field(default_factory=dict)  # the parts of a group that make it the one to compare with
+    controls: tuple = ()  # what the runs of the first seed are denied
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,8 +193,8 @@ def joint_cells(config, steps):
     return cells
 
 
-def long_cells(config, steps):
-    """Return cells that train on the data as it is: `--data` names demonstrations of long tasks (docs/study.md)."""
+def variant_cells(config, steps):
+    """Return cells that train each variant on the data as it is."""
     return [
         ({"variant": variant}, [["--variant", variant, "--max-steps", steps]])
         for variant in variants_of(config, ("baseline", *LATENT))
@@ -198,6 +210,14 @@ def smoke_cells(config, steps):
 
 
 PRESETS = {
+    "variants": Preset(
+        "What does each variant reach when all demonstrations have actions?",
+        6000,
+        50,
+        variant_cells,
+        baseline={"variant": "baseline"},
+        controls=tuple(CONTROLS),
+    ),
     "fewshot": Preset(
         "Few demonstrations with actions, many without: do latent actions learn from the others?",
         6000,
@@ -218,7 +238,7 @@ PRESETS = {
         panels="variant",
         baseline={"trained": "together"},
     ),
-    "long": Preset("Do latent actions help in long tasks?", 9500, 20, long_cells, baseline={"variant": "baseline"}),
+    "long": Preset("Do latent actions help in long tasks?", 9500, 20, variant_cells, baseline={"variant": "baseline"}),
     "smoke": Preset("Does study.py work?", 2, 1, smoke_cells, "labelled", baseline={"variant": "baseline"}),
 }
 
@@ -227,7 +247,12 @@ def make_cells(config):
     """Return the cells of the config's shard, in the order in which they run: all groups of a seed, then the next."""
     preset = PRESETS[config.preset]
     cells = [
-        Cell(group, seed, [[str(word) for word in [*stage, "--seed", seed]] for stage in stages])
+        Cell(
+            group,
+            seed,
+            [[str(word) for word in [*stage, "--seed", seed]] for stage in stages],
+            preset.controls if seed == config.seeds[0] else (),
+        )
         for seed in config.seeds
         for group, stages in preset.make(config, config.steps or preset.steps)
     ]
@@ -244,7 +269,7 @@ def cell_folder(config, cell):
 
 
 def commands(config, cell):
-    """Return the commands of a cell, lists of words: train.py for each stage, then eval.py."""
+    """Return the commands of a cell, lists of words: train.py for each stage, then eval.py, also for each control."""
     folder = cell_folder(config, cell)
     trials = config.trials or PRESETS[config.preset].trials
     launch = shlex.split(config.launch) or [sys.executable]
@@ -254,8 +279,12 @@ def commands(config, cell):
         before = ["--init-from", runs[number - 1]] if number else []
         data = ["--data", *map(str, config.data)]
         made.append([*launch, "train.py", *stage, *data, *shlex.split(config.train), "--out", run, "--resume", *before])
-    played = ["--trials", str(trials), "--out", str(folder / "eval.jsonl")]
-    return [*made, [sys.executable, "eval.py", runs[-1], *shlex.split(config.evaluate), *played]]
+    play = [sys.executable, "eval.py", runs[-1], *shlex.split(config.evaluate)]
+    made.append([*play, "--trials", str(trials), "--out", str(folder / "eval.jsonl")])
+    for name in cell.controls:
+        out = str(control_file(folder, name))
+        made.append([*play, "--trials", str(CONTROL_TRIALS), "--out", out, *CONTROLS[name]])
+    return made
 
 
 def finished(config, cell):
@@ -274,11 +303,10 @@ def run_cell(config, cell):
     folder = cell_folder(config, cell)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if config.jobs > 1 else {})
     with open(folder / "output.txt", "a") as output:
         for words in commands(config, cell):
             print(shlex.join(words), file=output, flush=True)
-            done = subprocess.run(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            done = subprocess.run(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
             if done.returncode:
                 return f"{words[1]} ended with status {done.returncode}; see {folder / 'output.txt'}"
     record = {"group": cell.group, "seed": cell.seed, "commands": plain(config, cell), "seconds": time.time() - started}
@@ -304,8 +332,10 @@ def run_cells(config, cells):
         left = (time.time() - began) / done * (len(todo) - done)
         print(f"{done} of {len(todo)}: {cell.name}: {fault or 'done'}; about {left / 60:.0f} minutes left", flush=True)
 
-    with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(run, todo))
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[number :: config.jobs] or cores for number in range(config.jobs)]
+    with ThreadPoolExecutor(config.jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop())) as pool:
+        list(pool.map(run, todo))  # what a thread starts runs on the thread's cores
     return failed
 
 

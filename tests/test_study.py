@@ -1,7 +1,9 @@
 """study.py and report.py: which cells there are, that interruptions and shards change nothing, and the statistics."""
 
 import json
+import os
 import shlex
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,10 +107,11 @@ def test_presets_name_each_cell_once_and_their_options_exist(tmp_path):
         cells = study.make_cells(config(tmp_path, preset))
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells[: len(cells) // 3]:  # the first seed's
-            *stages, played = study.commands(config(tmp_path, preset), cell)
-            for words in stages:
-                check_config(tyro.cli(train.Config, args=words[2:]), 1)
-            tyro.cli(evaluation.Config, args=played[2:])
+            for words in study.commands(config(tmp_path, preset), cell):
+                if words[1] == "train.py":
+                    check_config(tyro.cli(train.Config, args=words[2:]), 1)
+                else:
+                    tyro.cli(evaluation.Config, args=words[2:])
 
 
 def test_shards_are_the_whole(tmp_path):
@@ -151,6 +154,36 @@ def test_video_first_is_two_commands(tmp_path):
     assert {words[words.index("--seed") + 1] for words in (first, second)} == {"3"}
 
 
+def test_controls_are_played_by_the_first_seed(tmp_path):
+    """After its evaluation, ten trials each, into files of their own; the other seeds have none."""
+    first, *_, last = study.make_cells(config(tmp_path, "variants", seeds=(4, 5)))
+    _, played, *controls = study.commands(config(tmp_path, "variants"), first)
+    assert played[played.index("--trials") + 1] == "50" and len(study.commands(config(tmp_path, "variants"), last)) == 2
+    assert [words[-2:] for words in controls][1:3] == [["--black-camera", "image"], ["--black-camera", "wrist_image"]]
+    assert {words[words.index("--trials") + 1] for words in controls} == {"10"}
+    assert len({words[words.index("--out") + 1] for words in (played, *controls)}) == 1 + len(study.CONTROLS)
+
+
+def test_cells_side_by_side_share_the_cores(tmp_path, monkeypatch):
+    """Two at a time have different cores, all cores together; more at a time than cores may use any."""
+    here = os.sched_getaffinity(0)
+    for jobs in (1, 2, len(here) + 1):
+        used = []
+        waiting = threading.Barrier(min(jobs, 2))
+
+        def note(settings, cell):
+            waiting.wait(60)
+            used.append(frozenset(os.sched_getaffinity(0)))
+            return ""
+
+        monkeypatch.setattr(study, "run_cell", note)
+        settings = config(tmp_path / str(jobs), seeds=(0,), jobs=jobs)
+        assert study.run_cells(settings, study.make_cells(settings)) == {}
+        assert len(used) == 2 and os.sched_getaffinity(0) == here
+        if jobs <= len(here):
+            assert frozenset.union(*used) == here and (jobs == 1 or not used[0] & used[1])
+
+
 def test_together_and_alone(rlds, train_config, tmp_path):
     """Each instruction of the data gets a cell of its own; such a run trains on its episodes alone and is evaluated on
     its task alone. An instruction that no episode has is refused."""
@@ -186,13 +219,21 @@ def cells(tmp_path):
             (folder / "run" / "config.json").write_text('{"commit": "abc"}')
             (folder / "run" / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 250)
             (folder / "cell.json").write_text(json.dumps({"commands": [f"python train.py --out {folder}/run"]}))
+            if (variant, labelled) == ("baseline", 2):
+                write(folder / "cameras-swapped.jsonl", [record(start, start == seed) for start in range(3)])
             write(folder / "eval.jsonl", [record(start, start < 10 * rate) for start in range(10)] + [record(10, None)])
     return made
 
 
 def test_report_by_hand(cells, tmp_path, capsys):
     """Counts, differences on the seeds that both have, what is missing in the row and at the top, pictures, JSON."""
-    preset = SimpleNamespace(question="Why?", x="labelled", panels="", baseline={"variant": "baseline"})
+    preset = SimpleNamespace(
+        question="Why?",
+        x="labelled",
+        panels="",
+        baseline={"variant": "baseline"},
+        controls=("blind", "cameras swapped"),
+    )
     report.write_report(tmp_path / "out", preset, cells, {"x": "it crashed"})
     text = (tmp_path / "out" / "report.md").read_text()
     rows = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in text.splitlines() if "=" in line}
@@ -200,6 +241,7 @@ def test_report_by_hand(cells, tmp_path, capsys):
     assert "8/10 = 80.0 % INCOMPLETE: seeds 1 are missing" in rows["la_direct2"] and "+40.0 (" in rows["la_direct2"]
     assert "one seed" in rows["la_direct2"] and "INCOMPLETE: 2 trials ended in an error" in rows["baseline2"]
     assert "**INCOMPLETE: 1 of 6 cells are missing.**" in text and "Failed: x: it crashed" in text
+    assert "| baseline, 2 | missing | 2/6 |" in text and "| la_direct, 2 | missing | missing |" in text
     assert "Trained at abc; 5 cells." in text and "python train.py --out OUT/" in text
     assert "INCOMPLETE" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
