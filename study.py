@@ -256,7 +256,16 @@ def make_cells(config):
         for seed in config.seeds
         for group, stages in preset.make(config, config.steps or preset.steps)
     ]
-    return shard(cells, config.shard)
+    return [cell for chain in shard(chains(cells), config.shard) for cell in chain]
+
+
+def chains(cells):
+    """Return lists of cells that must run one after another: those that share their first stages, others alone."""
+    found = {}
+    for cell in cells:
+        shared = str(cell.stages[:-1]) if len(cell.stages) > 1 else cell.name
+        found.setdefault(shared, []).append(cell)
+    return list(found.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,11 +278,15 @@ def cell_folder(config, cell):
 
 
 def commands(config, cell):
-    """Return the commands of a cell, lists of words: train.py for each stage, then eval.py, also for each control."""
+    """Return the commands of a cell, lists of words: train.py for each stage, then eval.py, also for each control.
+
+    A first stage lies in a folder named by its options, which all cells that begin with it share.
+    """
     folder = cell_folder(config, cell)
     trials = config.trials or PRESETS[config.preset].trials
     launch = shlex.split(config.launch) or [sys.executable]
-    runs = [*(str(folder / f"stage{number + 1}") for number in range(len(cell.stages) - 1)), str(folder / "run")]
+    firsts = ["-".join(word.lstrip("-") for word in stage) for stage in cell.stages[:-1]]
+    runs = [*(str(config.out / "first" / name) for name in firsts), str(folder / "run")]
     made = []
     for number, (stage, run) in enumerate(zip(cell.stages, runs)):
         before = ["--init-from", runs[number - 1]] if number else []
@@ -335,23 +348,23 @@ def run_cells(config, cells):
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number :: config.jobs] or cores for number in range(config.jobs)]
     with ThreadPoolExecutor(config.jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop())) as pool:
-        list(pool.map(run, todo))  # what a thread starts runs on the thread's cores
+        list(pool.map(lambda chain: [run(cell) for cell in chain], chains(todo)))  # on the thread's cores
     return failed
 
 
 def print_plan(config, cells):
     """Print the cells, which are there, how many updates and episodes they cost, and their commands."""
-    updates = 0
+    updates = {}  # of each training that is to do
     for cell in cells:
-        there = " (there)" if finished(config, cell) else ""
-        steps = sum(int(stage[stage.index("--max-steps") + 1]) for stage in cell.stages)
-        updates += steps if not there else 0
-        print(f"{cell.name}: {steps} updates{there}")
-        for text in plain(config, cell):
-            print(f"    {text}")
+        there = finished(config, cell)
+        print(f"{cell.name}:{' (there)' if there else ''}")
+        for words in commands(config, cell):
+            print(f"    {shlex.join(words)}")
+            if "--max-steps" in words and not there:
+                updates[shlex.join(words)] = int(words[words.index("--max-steps") + 1])
     todo = sum(not finished(config, cell) for cell in cells)
     trials = config.trials or PRESETS[config.preset].trials
-    print(f"{todo} of {len(cells)} cells to do: {updates} updates, {todo * trials} episodes of each task")
+    print(f"{todo} of {len(cells)} cells to do: {sum(updates.values())} updates, {todo * trials} episodes of each task")
 
 
 def check_config(config):

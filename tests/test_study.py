@@ -152,6 +152,22 @@ def test_video_first_is_two_commands(tmp_path):
     assert second[second.index("--init-from") + 1] == first[first.index("--out") + 1]
     assert second[second.index("--episodes") + 1] == "5" and played[2] == second[second.index("--out") + 1]
     assert {words[words.index("--seed") + 1] for words in (first, second)} == {"3"}
+    other, _, _ = study.commands(config(tmp_path, "fewshot"), cells["la_direct-first-2-seed3"])
+    assert other == first  # which is trained once: the two cells run one after the other, and are of one shard
+    together = [[cell.name for cell in chain] for chain in study.chains(list(cells.values())) if len(chain) > 1]
+    assert together == [[f"{v}-first-{n}-seed3" for n in (5, 2)] for v in ("la_align", "la_direct", "la_cond")]
+    for part in ("1/2", "2/2"):
+        parts = study.make_cells(config(tmp_path, "fewshot", seeds=(3,), steps=7, shard=part))
+        names = {cell.name for cell in parts}
+        assert all((f"{v}-first-2-seed3" in names) == (f"{v}-first-5-seed3" in names) for v in study.LATENT)
+
+
+def test_plan_says_what_is_to_do(tmp_path, capsys):
+    """Updates of all trainings that are missing, shared first stages once, and the episodes."""
+    settings = config(tmp_path, "fewshot", seeds=(0,), variants=("la_direct",), steps=10, dry_run=True)
+    assert study.main(settings) == 0
+    # dropped: 18, 5 and 2; joint, twice as long: 5 and 2; first: video once, then 5 and 2
+    assert "7 of 7 cells to do: 100 updates, 140 episodes of each task" in capsys.readouterr().out
 
 
 def test_controls_are_played_by_the_first_seed(tmp_path):
