@@ -94,7 +94,7 @@ class Cell:
     @property
     def name(self):
         """The name of its folder."""
-        return "-".join([*map(str, self.group.values()), f"seed{self.seed}"]).replace(" ", "_")
+        return "-".join([*map(str, self.group.values()), f"seed{self.seed}"]).replace(", ", "_").replace(" ", "_")
 
 
 @dataclass
@@ -134,7 +134,8 @@ def fewshot_cells(config, steps):
     beside the actions (half of each batch), or as video first.
 
     Joint training takes twice the updates, so that the actions get as many as alone; video first takes as many again.
-    la_tok learns from actions alone, so video teaches it nothing.
+    So the baseline is also trained twice as long, which shows what updates alone are worth. la_tok learns from actions
+    alone, so video teaches it nothing.
     """
     episodes, instructions = training_demonstrations(config, config.seeds[0])
     cells = []
@@ -154,6 +155,9 @@ def fewshot_cells(config, steps):
                     stages = [first, actions]
                 number = round(episodes / instructions) if labelled == "all" else labelled
                 cells.append(({"variant": variant, "rest": rest, "labelled": number}, stages))
+                if variant == "baseline" and labelled != "all":
+                    twice = [[*actions[:-1], 2 * steps]]
+                    cells.append(({"variant": "baseline, twice as long", "rest": rest, "labelled": number}, twice))
     return cells
 
 

@@ -118,7 +118,7 @@ def test_shards_are_the_whole(tmp_path):
     """1/2 and 2/2 have each cell once, whatever the preset; a wrong shard is refused."""
     whole = [cell.name for cell in study.make_cells(config(tmp_path, "fewshot"))]
     parts = [cell.name for part in ("1/2", "2/2") for cell in study.make_cells(config(tmp_path, "fewshot", shard=part))]
-    assert sorted(parts) == sorted(whole) and len(whole) == 81
+    assert sorted(parts) == sorted(whole) and len(whole) == 87
     assert study.main(config(tmp_path / "x", "long", shard="2/5", report_only=True)) == 0
     assert "INCOMPLETE: 15 of 15 cells are missing" in (tmp_path / "x" / "report.md").read_text()
     with pytest.raises(ValueError, match="shard is '3/2'"):
@@ -166,7 +166,7 @@ def test_plan_says_what_is_to_do(tmp_path, capsys):
     """Updates of all trainings that are missing, shared first stages once, and the episodes."""
     settings = config(tmp_path, "fewshot", seeds=(0,), variants=("la_direct",), steps=10, dry_run=True)
     assert study.main(settings) == 0
-    # dropped: 18, 5 and 2; joint, twice as long: 5 and 2; first: video once, then 5 and 2
+    # dropped: all, 5 and 2; joint, twice as long: 5 and 2; first: video once, then 5 and 2
     assert "7 of 7 cells to do: 100 updates, 140 episodes of each task" in capsys.readouterr().out
 
 
