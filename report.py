@@ -9,18 +9,36 @@ what ignores the seeds: Wilson's interval, Agresti and Min's for pairs, McNemar'
 Axes: S training seeds, N starts.
 """
 
-import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from curves import read_log
-from files import write_json, write_text
-from results import markdown_table, mcnemar, paired_difference, read_trials, trial_key, wilson
+from files import read_json, write_json, write_text
+from results import markdown_table, mcnemar, paired_difference, trial_key, wilson
 
 SMOOTH = 100  # updates, over which learning curves are averaged
 EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; of
-one seed, of that run alone. Differences are to "{baseline}" with all else alike, paired by seed and start; in brackets
-p after Holm's correction for {compared} comparisons."""
+one seed, of that run alone. Differences are between groups that are alike but for what the column's head says, paired
+by seed and start; in brackets p after Holm's correction for the comparisons of the column."""
+
+
+@dataclass
+class Played:
+    """What a cell of a study has: one policy, and the trials that it played."""
+
+    group: dict
+    """what it belongs to, without the seed"""
+    seed: int
+    """of training"""
+    folder: Path
+    trials: list = field(default_factory=list)
+    """records of eval.py; none while the cell is not finished"""
+    controls: dict = field(default_factory=dict)
+    """control -> records of eval.py"""
+    fault: str = ""
+    """what went wrong at the last try"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,12 +90,13 @@ def t_quantile(freedom, tail=0.025):
 def rate_interval(outcomes):
     """Return (mean, low, high) of successes f64 [S, N]: the model's 95 % interval, at least as wide as Wilson's."""
     played = outcomes[np.isfinite(outcomes)]
-    mean, error, freedom = crossed_mean(outcomes)
+    _, error, freedom = crossed_mean(outcomes)
+    mean = played.mean()
     low, high = wilson(int(played.sum()), played.size)
     if np.isfinite(error):
         width = t_quantile(freedom) * error
         low, high = max(0.0, min(low, mean - width)), min(1.0, max(high, mean + width))
-    return float(played.mean()), float(low), float(high)
+    return float(mean), float(low), float(high)
 
 
 def difference_interval(first, second):
@@ -89,7 +108,7 @@ def difference_interval(first, second):
     p = mcnemar(*pairs)
     if np.isfinite(error):
         width = t_quantile(freedom) * error
-        low, high = min(low, mean - width), max(high, mean + width)
+        low, high = max(-1.0, min(low, mean - width)), min(1.0, max(high, mean + width))
         if error:
             p = max(p, min(1.0, 2 * t_tail(abs(mean) / error, freedom)))
     return float(mean), float(low), float(high), float(p) if len(first) > 1 else None
@@ -110,46 +129,33 @@ def holm(ps):
 # What the cells have
 
 
-def read_cells(cells):
-    """Return {group as text: {"group", "outcomes" f64 [S, N], "missing": seeds, "folders"}} in the order of the cells.
+def group_cells(cells):
+    """Return {group as text: {"group", "seeds", "outcomes" f64 [S, N], "missing": seeds, ...}}, in the cells' order.
 
-    cells: list of (group, seed, folder, whether it is finished). Seeds of others are NaN, and so are errors of the
-    simulator, which "errors" counts.
+    cells: list of `Played`. Starts that a cell did not play are NaN, and so are errors of the simulator, which "errors"
+    counts.
     """
     found = {}
-    for group, seed, folder, finished in cells:
-        empty = {"group": group, "seeds": [], "trials": [], "folders": [], "errors": 0}
-        entry = found.setdefault(group_name(group), empty)
-        trials = read_trials(folder / "eval.jsonl") if finished else []
-        entry["errors"] += sum(trial["success"] is None for trial in trials)
-        played = {trial_key(trial): trial["success"] for trial in trials if trial["success"] is not None}
-        entry["seeds"].append(seed)
-        entry["trials"].append(played)
-        if finished:
-            entry["folders"].append(folder)
-    keys = sorted({key for entry in found.values() for played in entry["trials"] for key in played})
+    for cell in cells:
+        entry = found.setdefault(group_name(cell.group), {"group": cell.group, "cells": []})
+        entry["cells"].append(cell)
+    keys = sorted({trial_key(trial) for cell in cells for trial in cell.trials})
     for entry in found.values():
-        rows = [[float(played[key]) if key in played else np.nan for key in keys] for played in entry["trials"]]
+        own = entry["cells"]
+        played = [{trial_key(trial): trial["success"] for trial in cell.trials} for cell in own]
+        rows = [[np.nan if outcome.get(key) is None else float(outcome[key]) for key in keys] for outcome in played]
         entry["outcomes"] = np.array(rows, float).reshape(len(rows), len(keys))
-        entry["missing"] = [seed for seed, played in zip(entry["seeds"], entry["trials"]) if not played]
+        entry["seeds"] = [cell.seed for cell in own]
+        entry["missing"] = [cell.seed for cell in own if not cell.trials]
+        entry["errors"] = sum(trial["success"] is None for cell in own for trial in cell.trials)
+        entry["controls"] = {name: tally(trials) for cell in own for name, trials in cell.controls.items()}
     return found
 
 
-def control_file(folder, control):
-    """Return the file of a cell's trials with a control."""
-    return folder / f"{control.replace(' ', '-')}.jsonl"
-
-
-def read_controls(entry, controls):
-    """Return {control: [successes, episodes]} of the finished cells of an entry of `read_cells` that played it."""
-    played = {}
-    for control in controls:
-        files = [control_file(folder, control) for folder in entry["folders"]]
-        trials = [trial["success"] for file in files if file.exists() for trial in read_trials(file)]
-        known = [success for success in trials if success is not None]
-        if known:
-            played[control] = [sum(known), len(known)]
-    return played
+def tally(trials):
+    """Return [successes, episodes] of trials, without errors of the simulator."""
+    known = [trial["success"] for trial in trials if trial["success"] is not None]
+    return [sum(known), len(known)]
 
 
 def group_name(group):
@@ -157,37 +163,44 @@ def group_name(group):
     return ", ".join(str(value) for value in group.values())
 
 
-def baseline_of(entry, entries, preset):
-    """Return the entry that this one is compared with: the same but for what makes the baseline; None for itself."""
-    wanted = entry["group"] | preset.baseline
-    if wanted == entry["group"]:
+def difference_of(entry, entries, changed):
+    """Return how a group differs from the one that is the same but for `changed`, or None where there is none.
+
+    That is {"to": its name, "points", "ci95", "p"}: a difference of rates, and p None for one seed.
+    """
+    wanted = entry["group"] | changed
+    other = next((other for other in entries.values() if other["group"] == wanted), None)
+    if other is None or other is entry:
         return None
-    return next((other for other in entries.values() if other["group"] == wanted), None)
+    shared = np.isfinite(entry["outcomes"]).any(1) & np.isfinite(other["outcomes"]).any(1)
+    if not shared.any():
+        return None
+    points, low, high, p = difference_interval(other["outcomes"][shared], entry["outcomes"][shared])
+    return {"to": group_name(wanted), "points": points, "ci95": [low, high], "p": p}
 
 
 def analyse(entries, preset):
-    """Return a list of results of all groups: success with its interval, difference to the baseline, adjusted p."""
+    """Return a list of results of all groups: success with its interval, and a difference for each `preset.compare`.
+
+    The p of those that are compared in the same way are adjusted together, as "p_holm".
+    """
     results = []
     for name, entry in entries.items():
-        outcomes = entry["outcomes"]
-        result = {"name": name} | {key: entry[key] for key in ("group", "seeds", "missing", "errors")}
-        result["controls"] = read_controls(entry, preset.controls)
-        played = np.isfinite(outcomes)
-        result |= {"successes": int(np.nansum(outcomes)), "episodes": int(played.sum())}
+        kept = ("group", "seeds", "missing", "errors", "controls")
+        result = {"name": name} | {key: entry[key] for key in kept}
+        played = np.isfinite(entry["outcomes"])
+        result |= {"successes": int(np.nansum(entry["outcomes"])), "episodes": int(played.sum())}
         if played.any():
-            complete = outcomes[played.any(1)]
+            complete = entry["outcomes"][played.any(1)]
             result["success"], *result["ci95"] = rate_interval(complete)
             result["by_seed"] = [float(np.nanmean(row)) for row in complete]
-            other = baseline_of(entry, entries, preset)
-            if other is not None:
-                shared = played.any(1) & np.isfinite(other["outcomes"]).any(1)
-                if shared.any():
-                    first, second = other["outcomes"][shared], outcomes[shared]
-                    result["difference"], *result["difference_ci95"], result["p"] = difference_interval(first, second)
+        result["differences"] = [difference_of(entry, entries, changed) for changed in preset.compare]
         results.append(result)
-    compared = [result for result in results if result.get("p") is not None]
-    for result, p in zip(compared, holm([result["p"] for result in compared])):
-        result["p_holm"] = p
+    for number in range(len(preset.compare)):
+        compared = [difference for result in results if (difference := result["differences"][number])]
+        compared = [difference for difference in compared if difference["p"] is not None]
+        for difference, p in zip(compared, holm([difference["p"] for difference in compared])):
+            difference["p_holm"] = p
     return results
 
 
@@ -195,31 +208,36 @@ def analyse(entries, preset):
 # The report
 
 
-def format_table(results, parts):
-    """Return the results as Markdown; what is missing is said in the row itself. parts: names of a group's parts."""
-    heads = [*parts, "success", "95 % interval", "by seed", "minus baseline (points)", "p (Holm)"]
-    rows = []
-    for result in results:
-        cells = [str(result["group"].get(part, "")) for part in parts]
-        missing = (
-            f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if result["missing"] else ""
-        )
-        if result["errors"]:
-            missing += f" INCOMPLETE: {result['errors']} trials ended in an error"
-        if "success" not in result:
-            rows.append([*cells, "missing" + missing, "", "", "", ""])
-            continue
-        cells.append(f"{result['successes']}/{result['episodes']} = {100 * result['success']:.1f} %{missing}")
-        cells.append("{:.1f} to {:.1f} %".format(*(100 * end for end in result["ci95"])))
-        cells.append(", ".join(f"{100 * rate:.0f}" for rate in result["by_seed"]))
-        if "difference" in result:
-            ends = [100 * end for end in result["difference_ci95"]]
-            cells.append(f"{100 * result['difference']:+.1f} ({ends[0]:+.1f} to {ends[1]:+.1f})")
-            cells.append(f"{result['p']:.2g} ({result['p_holm']:.2g})" if result["p"] is not None else "one seed")
-        else:
+def format_table(results, parts, compare):
+    """Return the results as Markdown; what is missing is said in the row itself.
+
+    parts: names of a group's parts; compare: of `Preset`.
+    """
+    heads = [*parts, "success", "95 % interval", "by seed"]
+    for changed in compare:
+        heads += [f"minus {', '.join(map(str, changed.values()))} (points)", "p (Holm)"]
+    return markdown_table(heads, [format_row(result, parts) for result in results])
+
+
+def format_row(result, parts):
+    """Return the cells of a group in the table of results."""
+    cells = [str(result["group"].get(part, "")) for part in parts]
+    missing = f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if result["missing"] else ""
+    if result["errors"]:
+        missing += f" INCOMPLETE: {result['errors']} trials ended in an error"
+    if "success" not in result:
+        return [*cells, "missing", "", "", *["", ""] * len(result["differences"])]
+    cells.append(f"{result['successes']}/{result['episodes']} = {100 * result['success']:.1f} %{missing}")
+    cells.append("{:.1f} to {:.1f} %".format(*(100 * end for end in result["ci95"])))
+    cells.append(", ".join(f"{100 * rate:.0f}" for rate in result["by_seed"]))
+    for difference in result["differences"]:
+        if difference is None:
             cells += ["", ""]
-        rows.append(cells)
-    return markdown_table(heads, rows)
+            continue
+        low, high = (100 * end for end in difference["ci95"])
+        cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f})")
+        cells.append(f"{difference['p']:.2g} ({difference['p_holm']:.2g})" if "p_holm" in difference else "one seed")
+    return cells
 
 
 def format_controls(results, controls):
@@ -299,7 +317,8 @@ def draw_curves(entries, path):
     figure = Figure(figsize=(7, 4), layout="tight")
     axis = figure.subplots()
     for number, (name, entry) in enumerate(entries.items()):
-        curves = [curve for curve in map(learning_curve, entry["folders"]) if len(curve[0])]
+        folders = [cell.folder for cell in entry["cells"] if cell.trials]
+        curves = [curve for curve in map(learning_curve, folders) if len(curve[0])]
         if not curves:
             continue
         shortest = min(len(steps) for steps, _ in curves)
@@ -314,44 +333,42 @@ def draw_curves(entries, path):
     figure.savefig(path, dpi=110)
 
 
-def write_report(out, preset, cells, failed):
+def write_report(out, preset, cells, setting):
     """Write results.json, success.png, curves.png and report.md into `out`, and print the table.
 
-    preset: a `study.Preset`; cells: as of `read_cells`, of all shards; failed: {cell: what went wrong}.
+    preset: a `study.Preset`; cells: list of `Played`, of all shards; setting: a line on what all cells have in common.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    entries = read_cells(cells)
+    entries = group_cells(cells)
     results = analyse(entries, preset)
     parts = list(dict.fromkeys(part for result in results for part in result["group"]))
     missing = sum(len(result["missing"]) for result in results)
-    lines = [f"# {preset.question}", ""]
+    lines = [f"# {preset.question}", "", setting, ""]
     if missing:
         lines += [f"**INCOMPLETE: {missing} of {len(cells)} cells are missing.**", ""]
-    lines += [format_table(results, parts), ""]
+    lines += [format_table(results, parts, preset.compare), ""]
     if preset.controls:
         lines += [format_controls(results, preset.controls), ""]
-    compared = sum(result.get("p") is not None for result in results)
-    lines += [EXPLANATION.format(baseline=", ".join(map(str, preset.baseline.values())), compared=compared), ""]
-    lines += [f"Failed: {name}: {fault}" for name, fault in failed.items()]
+    print("\n".join(lines))
+    lines += [EXPLANATION, ""]
+    faults = {f"{group_name(cell.group)}, seed {cell.seed}": cell.fault for cell in cells if cell.fault}
+    lines += [f"Failed: {name}: {fault}" for name, fault in faults.items()]
     if any("success" in result for result in results):
         draw_success(results, preset, out / "success.png")
         draw_curves(entries, out / "curves.png")
         lines += ["![success](success.png)", "", "![action loss](curves.png)", ""]
-    lines += provenance(cells)
-    write_json(out / "results.json", {"results": results, "missing": missing, "failed": failed})
+    lines += provenance([cell.folder for cell in cells if cell.trials])
+    write_json(out / "results.json", {"setting": setting, "results": results, "missing": missing, "failed": faults})
     write_text(out / "report.md", "\n".join(lines) + "\n")
-    print("\n".join(lines[: lines.index("") + 3 + 2 * bool(missing)]))
     print(f"report: {out / 'report.md'}")
 
 
-def provenance(cells):
-    """Return lines with the commits and one cell's commands."""
-    folders = [folder for *_, folder, finished in cells if finished]
+def provenance(folders):
+    """Return lines with the commits of the finished cells in these folders, and the commands of one."""
     configs = [folder / "run" / "config.json" for folder in folders]
-    commits = sorted({json.loads(path.read_text())["commit"] for path in configs if path.exists()})
+    commits = sorted({read_json(path)["commit"] for path in configs if path.exists()})
     lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(folders)} cells."]
     if not folders:
         return lines
-    made = json.loads((folders[0] / "cell.json").read_text())["commands"]
+    made = read_json(folders[0] / "cell.json")["commands"]
     short = [text.replace(str(folders[0].parent), "OUT") for text in made]
     return [*lines, "The commands of one cell:", "", "```text", *short, "```"]

@@ -12,23 +12,27 @@ a training seed. Its commands are those of train.py and eval.py, and it lies in 
 may run the cells in any order; the same command again does what is missing. report.py analyses what is there.
 """
 
+import contextlib
+import fcntl
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 import tyro
 
 from data import open_dataset
-from files import read_json, write_json
+from files import load_tensors, read_json, write_json
 from index import split_episodes
-from report import control_file, write_report
-from results import shard
+from report import Played, write_report
+from results import read_trials, shard
 from tiny import SIZES
 
 ROOT = Path(__file__).resolve().parent
@@ -42,6 +46,8 @@ CONTROLS = {  # what the policy is denied -> flags of eval.py
     "mute": ("--mute",),
 }
 CONTROL_TRIALS = 10  # starts of each task and control
+DATA = Path("data/libero_tiny")
+STOPPED = "stopped"  # what becomes of a cell after Ctrl-C or SIGTERM
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Config:
     """the question: see `PRESETS`"""
     out: Path
     """folder of the cells and of the report"""
-    data: tuple[Path, ...] = (Path("data/libero_tiny"),)
+    data: tuple[Path, ...] = (DATA,)
     """data sets of all cells"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """training seeds"""
@@ -94,7 +100,13 @@ class Cell:
     @property
     def name(self):
         """The name of its folder."""
-        return "-".join([*map(str, self.group.values()), f"seed{self.seed}"]).replace(", ", "_").replace(" ", "_")
+        return file_name([*map(str, self.group.values()), f"seed{self.seed}"])
+
+
+def file_name(words):
+    """Return words, such as options and their values, as the name of a file."""
+    text = "-".join(word.lstrip("-") for word in words)
+    return text.replace(", ", "_").replace(" ", "_").replace("/", "_")
 
 
 @dataclass
@@ -107,7 +119,7 @@ class Preset:
     make: object  # function (config, steps) -> cells
     x: str = ""  # the part of a group on the chart's horizontal axis
     panels: str = ""  # the part of a group that gets a chart of its own
-    baseline: dict = field(default_factory=dict)  # the parts of a group that make it the one to compare with
+    compare: tuple = ()  # what to compare each group with: the same but for these parts of it, a dict each
     controls: tuple = ()  # what the runs of the first seed are denied
 
 
@@ -133,31 +145,31 @@ def fewshot_cells(config, steps):
     """Return cells with 2, 5 or all demonstrations of each instruction labelled, and the others dropped, used as video
     beside the actions (half of each batch), or as video first.
 
-    Joint training takes twice the updates, so that the actions get as many as alone; video first takes as many again.
-    So the baseline is also trained twice as long, which shows what updates alone are worth. la_tok learns from actions
-    alone, so video teaches it nothing.
+    All take the same number of updates. Those with video spend half of them on it, so the actions get half as many as
+    where the others are dropped; the baseline trained half as long shows what that alone does. la_tok learns from
+    actions alone, so video teaches it nothing.
     """
     episodes, instructions = training_demonstrations(config, config.seeds[0])
     cells = []
     for labelled in ("all", 5, 2):
+        chosen = [] if labelled == "all" else ["--episodes", labelled]
+        number = round(episodes / instructions) if labelled == "all" else labelled
         for rest in ("dropped", "joint", "first"):
             for variant in variants_of(config, ("baseline", *LATENT)):
                 if rest != "dropped" and (labelled == "all" or variant in ("baseline", "la_tok")):
                     continue
-                chosen = [] if labelled == "all" else ["--episodes", labelled]
-                actions = ["--variant", variant, *chosen, "--max-steps", steps]
-                stages = [actions]
+                options = ["--variant", variant, *chosen]
+                stages = [[*options, "--max-steps", steps]]
                 if rest == "joint":
                     share = labelled * instructions / (episodes - labelled * instructions)
-                    stages = [[*actions[:-1], 2 * steps, "--rest", "video", "--rest-weight", round(share, 4)]]
+                    stages[0] += ["--rest", "video", "--rest-weight", round(share, 4)]
                 elif rest == "first":
-                    first = ["--variant", variant, "--data-fraction", 0, "--rest", "video", "--max-steps", steps]
-                    stages = [first, actions]
-                number = round(episodes / instructions) if labelled == "all" else labelled
+                    video = ["--variant", variant, "--data-fraction", 0, "--rest", "video"]
+                    stages = [[*part, "--max-steps", steps // 2] for part in (video, options)]
                 cells.append(({"variant": variant, "rest": rest, "labelled": number}, stages))
                 if variant == "baseline" and labelled != "all":
-                    twice = [[*actions[:-1], 2 * steps]]
-                    cells.append(({"variant": "baseline, twice as long", "rest": rest, "labelled": number}, twice))
+                    group = {"variant": "baseline, half as long", "rest": rest, "labelled": number}
+                    cells.append((group, [[*options, "--max-steps", steps // 2]]))
     return cells
 
 
@@ -171,7 +183,6 @@ def ablation_cells(config, steps):
             "layer 1": ["--align-layer", 1],
             "last layer": ["--align-layer", SIZES["tiny"][0]["num_hidden_layers"]],
             "lambda 0.1": ["--latent-weight", 0.1],
-            "quantised": ["--align-target", "quantised"],
         },
         "la_direct": {"as is": [], "continuous": ["--continuous"], "lambda 1": ["--latent-weight", 1.0]},
         "la_cond": {"as is": [], "continuous": ["--continuous"], "lambda 1": ["--latent-weight", 1.0]},
@@ -219,7 +230,7 @@ PRESETS = {
         6000,
         50,
         variant_cells,
-        baseline={"variant": "baseline"},
+        compare=({"variant": "baseline"},),
         controls=tuple(CONTROLS),
     ),
     "fewshot": Preset(
@@ -229,10 +240,10 @@ PRESETS = {
         fewshot_cells,
         "labelled",
         "rest",
-        {"variant": "baseline", "rest": "dropped"},
+        ({"variant": "baseline", "rest": "dropped"}, {"rest": "dropped"}),
     ),
     "ablations": Preset(
-        "Which parts of a variant matter?", 6000, 20, ablation_cells, "", "variant", {"change": "as is"}
+        "Which parts of a variant matter?", 6000, 20, ablation_cells, "", "variant", ({"change": "as is"},)
     ),
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",
@@ -240,10 +251,12 @@ PRESETS = {
         20,
         joint_cells,
         panels="variant",
-        baseline={"trained": "together"},
+        compare=({"trained": "together"},),
     ),
-    "long": Preset("Do latent actions help in long tasks?", 9500, 20, variant_cells, baseline={"variant": "baseline"}),
-    "smoke": Preset("Does study.py work?", 2, 1, smoke_cells, "labelled", baseline={"variant": "baseline"}),
+    "long": Preset(
+        "Do latent actions help in long tasks?", 9500, 20, variant_cells, compare=({"variant": "baseline"},)
+    ),
+    "smoke": Preset("Does study.py work?", 2, 1, smoke_cells, "labelled", compare=({"variant": "baseline"},)),
 }
 
 
@@ -281,123 +294,284 @@ def cell_folder(config, cell):
     return config.out / cell.name
 
 
-def commands(config, cell):
-    """Return the commands of a cell, lists of words: train.py for each stage, then eval.py, also for each control.
+def result_file(config, cell, control=""):
+    """Return the file of a cell's trials, or of those with a control; it is named by the options of eval.py."""
+    return cell_folder(config, cell) / f"{file_name(['eval', *control.split(), *shlex.split(config.evaluate)])}.jsonl"
 
-    A first stage lies in a folder named by its options, which all cells that begin with it share.
-    """
-    folder = cell_folder(config, cell)
-    trials = config.trials or PRESETS[config.preset].trials
-    launch = shlex.split(config.launch) or [sys.executable]
-    firsts = ["-".join(word.lstrip("-") for word in stage) for stage in cell.stages[:-1]]
-    runs = [*(str(config.out / "first" / name) for name in firsts), str(folder / "run")]
+
+def trials_of(config):
+    """Return how many starts of each task are played."""
+    return config.trials or PRESETS[config.preset].trials
+
+
+def first_stage(config, cell):
+    """Return the folder of a cell's first stage, named by its options: all cells that begin with it share it."""
+    return config.out / "first" / file_name(cell.stages[0])
+
+
+def training_commands(config, cell):
+    """Return the commands of train.py of a cell, for one stage or two, as lists of words."""
+    runs = [first_stage(config, cell)] * (len(cell.stages) - 1) + [cell_folder(config, cell) / "run"]
     made = []
     for number, (stage, run) in enumerate(zip(cell.stages, runs)):
-        before = ["--init-from", runs[number - 1]] if number else []
-        data = ["--data", *map(str, config.data)]
-        made.append([*launch, "train.py", *stage, *data, *shlex.split(config.train), "--out", run, "--resume", *before])
-    play = [sys.executable, "eval.py", runs[-1], *shlex.split(config.evaluate)]
-    made.append([*play, "--trials", str(trials), "--out", str(folder / "eval.jsonl")])
-    for name in cell.controls:
-        out = str(control_file(folder, name))
-        made.append([*play, "--trials", str(CONTROL_TRIALS), "--out", out, *CONTROLS[name]])
+        before = ["--init-from", str(runs[0])] if number else []
+        data = ["--data", *map(str, config.data), *shlex.split(config.train)]
+        launch = shlex.split(config.launch) or [sys.executable]
+        made.append([*launch, "train.py", *stage, *data, "--out", str(run), "--resume", *before])
     return made
 
 
+def playing_command(config, cell, control=""):
+    """Return the command of eval.py of a cell, also with a control, as a list of words."""
+    trials = CONTROL_TRIALS if control else trials_of(config)
+    run = str(cell_folder(config, cell) / "run")
+    words = [sys.executable, "eval.py", run, *shlex.split(config.evaluate), "--trials", str(trials)]
+    return [*words, "--out", str(result_file(config, cell, control)), *CONTROLS.get(control, ())]
+
+
+def commands(config, cell):
+    """Return all commands of a cell, in their order."""
+    played = [playing_command(config, cell, control) for control in ("", *cell.controls)]
+    return [*training_commands(config, cell), *played]
+
+
+def made_of(config, cell):
+    """Return what a cell's result depends on: another value means another result."""
+    data = [path.name for path in config.data]
+    settings = {"train": config.train, "evaluate": config.evaluate, "trials": trials_of(config)}
+    return {"stages": cell.stages, "data": data} | settings
+
+
 def finished(config, cell):
-    """Return whether a cell has been trained and played with as many trials as are wanted."""
+    """Return whether a cell has been trained and played as the config says; its controls may be missing."""
     path = cell_folder(config, cell) / "cell.json"
-    return path.exists() and read_json(path)["commands"] == plain(config, cell)
+    return path.exists() and read_json(path)["made"] == made_of(config, cell)
 
 
-def plain(config, cell):
-    """Return a cell's commands as text."""
-    return [shlex.join(words) for words in commands(config, cell)]
+def control_played(config, cell, control):
+    """Return whether a finished cell has been played with a control: eval.py writes a summary at the end."""
+    return result_file(config, cell, control).with_suffix(".json").exists()
 
 
-def run_cell(config, cell):
-    """Train and play a cell, going on where it was interrupted; return "" or what went wrong."""
-    folder = cell_folder(config, cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    with open(folder / "output.txt", "a") as output:
-        for words in commands(config, cell):
-            print(shlex.join(words), file=output, flush=True)
-            done = subprocess.run(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-            if done.returncode:
-                return f"{words[1]} ended with status {done.returncode}; see {folder / 'output.txt'}"
-    record = {"group": cell.group, "seed": cell.seed, "commands": plain(config, cell), "seconds": time.time() - started}
-    write_json(folder / "cell.json", record)
-    return ""
+def is_done(config, cell):
+    """Return whether nothing is left to do for a cell."""
+    return finished(config, cell) and all(control_played(config, cell, control) for control in cell.controls)
+
+
+def trained_whole(words):
+    """Return whether a command of train.py left weights of its last update: one that was stopped ends well too."""
+    weights = Path(words[words.index("--out") + 1]) / "model.safetensors"
+    return weights.exists() and load_tensors(weights)[1].get("step") == words[words.index("--max-steps") + 1]
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Lock a file that stands for a cell; yield it, or None where another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield file
+
+
+class Runner:
+    """Runs cells until all are done or it is told to stop."""
+
+    def __init__(self, config, total):
+        """total: number of cells that are to run."""
+        self.config = config
+        self.total = total
+        self.began = time.time()
+        self.done = 0
+        self.failed = {}  # name of a cell -> what went wrong
+        self.children = []
+        self.stopping = Event()
+
+    def stop(self):
+        """End what runs, as a scheduler does: train.py saves first."""
+        self.stopping.set()
+        for child in list(self.children):
+            child.terminate()
+
+    def run_command(self, words, output, lock):
+        """Run one command, which keeps the lock also when this process dies; return its exit status."""
+        print(shlex.join(words), file=output, flush=True)
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
+        child = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **options)  # Ctrl-C comes by `stop` alone
+        self.children.append(child)
+        if self.stopping.is_set():
+            child.terminate()
+        status = child.wait()
+        self.children.remove(child)
+        return status
+
+    def run_cell(self, cell, lock):
+        """Train and play a cell, going on where it was interrupted; return "" or what went wrong."""
+        config, folder = self.config, cell_folder(self.config, cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with open(folder / "output.txt", "a") as output:
+            if not finished(config, cell):
+                for words in (*training_commands(config, cell), playing_command(config, cell)):
+                    status = self.run_command(words, output, lock)
+                    if self.stopping.is_set():
+                        return STOPPED
+                    if status or ("--max-steps" in words and not trained_whole(words)):
+                        name = "train.py" if "--max-steps" in words else "eval.py"
+                        return f"{name} ended with status {status}, unfinished; see {folder / 'output.txt'}"
+                record = {"group": cell.group, "seed": cell.seed, "made": made_of(config, cell)}
+                record |= {"commands": [shlex.join(words) for words in commands(config, cell)]}
+                write_json(folder / "cell.json", record | {"seconds": time.time() - started})
+            for control in cell.controls:
+                if not control_played(config, cell, control):
+                    status = self.run_command(playing_command(config, cell, control), output, lock)
+                    if self.stopping.is_set():
+                        return STOPPED
+                    if status:
+                        return f"eval.py with {control} ended with status {status}; see {folder / 'output.txt'}"
+        return ""
+
+    def run_chain(self, chain):
+        """Run cells one after another; what went wrong with one is written down and told."""
+        shared = first_stage(self.config, chain[0]) if len(chain[0].stages) > 1 else None
+        path = shared.with_name(f"{shared.name}.lock") if shared else cell_folder(self.config, chain[0]) / "lock"
+        with locked(path) as lock:
+            for cell in chain:
+                fault = "another call of study.py, or what it started, is at this cell"
+                for _ in range(TRIES if lock else 0):
+                    if self.stopping.is_set():
+                        return
+                    if not (fault := self.run_cell(cell, lock)):
+                        break
+                    if fault != STOPPED:
+                        write_json(cell_folder(self.config, cell) / "fault.json", {"fault": fault})
+                self.tell(cell, fault)
+
+    def tell(self, cell, fault):
+        """Print that a cell is done, or what went wrong, and the time that the others will take."""
+        if fault:
+            self.failed[cell.name] = fault
+        else:
+            (cell_folder(self.config, cell) / "fault.json").unlink(missing_ok=True)
+        self.done += 1
+        left = (time.time() - self.began) / self.done * (self.total - self.done)
+        note = f"; about {left / 60:.0f} minutes left" if fault != STOPPED else ""
+        print(f"{self.done} of {self.total}: {cell.name}: {fault or 'done'}{note}", flush=True)
 
 
 def run_cells(config, cells):
-    """Run the cells that are missing, `jobs` at a time; return {name: what went wrong} of those that failed."""
-    todo = [cell for cell in cells if not finished(config, cell)]
+    """Run the cells that are missing, `jobs` at a time; return {name: what went wrong} of those that failed.
+
+    Raise KeyboardInterrupt after Ctrl-C or SIGTERM, once what ran has ended.
+    """
+    todo = [cell for cell in cells if not is_done(config, cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
-    failed = {}
-    began, done = time.time(), 0
-
-    def run(cell):
-        nonlocal done
-        for _ in range(TRIES):
-            if not (fault := run_cell(config, cell)):
-                break
-        if fault:
-            failed[cell.name] = fault
-        done += 1
-        left = (time.time() - began) / done * (len(todo) - done)
-        print(f"{done} of {len(todo)}: {cell.name}: {fault or 'done'}; about {left / 60:.0f} minutes left", flush=True)
-
+    runner = Runner(config, len(todo))
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number :: config.jobs] or cores for number in range(config.jobs)]
-    with ThreadPoolExecutor(config.jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop())) as pool:
-        list(pool.map(lambda chain: [run(cell) for cell in chain], chains(todo)))  # on the thread's cores
-    return failed
+
+    def use_share():
+        """Give this thread, and what it starts, its share of the cores."""
+        os.sched_setaffinity(0, shares.pop())
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(config.jobs, initializer=use_share) as pool:
+            try:
+                for chain in [pool.submit(runner.run_chain, chain) for chain in chains(todo)]:
+                    chain.result()
+            except KeyboardInterrupt:
+                print("Stopping: what runs is saved first", flush=True)
+                runner.stop()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return runner.failed
+
+
+def read_played(config, cell):
+    """Return what a cell has, a `report.Played`: without trials where it is not finished."""
+    folder = cell_folder(config, cell)
+    played = Played(cell.group, cell.seed, folder)
+    if finished(config, cell):
+        found = read_trials(result_file(config, cell))
+        played.trials = [trial for trial in found if trial["trial"] < trials_of(config)]
+        for control in cell.controls:
+            if control_played(config, cell, control):
+                played.controls[control] = read_trials(result_file(config, cell, control))
+    if (folder / "fault.json").exists():
+        played.fault = read_json(folder / "fault.json")["fault"]
+    return played
 
 
 def print_plan(config, cells):
     """Print the cells, which are there, how many updates and episodes they cost, and their commands."""
     updates = {}  # of each training that is to do
+    trials = 0
     for cell in cells:
-        there = finished(config, cell)
+        there = is_done(config, cell)
         print(f"{cell.name}:{' (there)' if there else ''}")
         for words in commands(config, cell):
             print(f"    {shlex.join(words)}")
             if "--max-steps" in words and not there:
                 updates[shlex.join(words)] = int(words[words.index("--max-steps") + 1])
-    todo = sum(not finished(config, cell) for cell in cells)
-    trials = config.trials or PRESETS[config.preset].trials
-    print(f"{todo} of {len(cells)} cells to do: {sum(updates.values())} updates, {todo * trials} episodes of each task")
+            elif not there:
+                trials += int(words[words.index("--trials") + 1])
+    todo = sum(not is_done(config, cell) for cell in cells)
+    total = sum(updates.values())
+    print(
+        f"{todo} of {len(cells)} cells to do: {total} updates, {trials} episodes of each task that a cell is trained on"
+    )
 
 
 def check_config(config):
     """Raise ValueError naming the setting and the value of what cannot work, or would make cells what they are not."""
-    own = {"--max-steps", "--seed", "--seeds", "--out", "--variant", "--data", "--resume", "--init-from", "--trials"}
-    for name in ("train", "evaluate"):
-        words = {word.partition("=")[0] for word in shlex.split(getattr(config, name))}
-        if taken := words & own:
-            raise ValueError(f"{name} has {', '.join(sorted(taken))}, which the cells set themselves; see --help")
     if unknown := set(config.variants) - {"baseline", *LATENT}:
         raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are baseline, {', '.join(LATENT)}")
     if len(set(config.seeds)) < len(config.seeds) or not config.seeds:
         raise ValueError(f"seeds are {list(config.seeds)}; give some, each once")
     if config.jobs < 1:
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
+    if config.preset == "long" and config.data == (DATA,):
+        raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
+    own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
+    for cell in make_cells(replace(config, train="", shard="")):
+        own |= {word for stage in cell.stages for word in stage if word.startswith("--")}
+    playing = {"--trials", "--out", "--shard", *(flags[0] for flags in CONTROLS.values())}
+    for name, taken in (("train", own), ("evaluate", playing)):
+        words = {word.partition("=")[0].replace("_", "-") for word in shlex.split(getattr(config, name))}
+        if both := words & taken:
+            raise ValueError(f"{name} has {', '.join(sorted(both))}, which the cells set themselves; see --help")
+
+
+def describe(config):
+    """Return in a line what all cells have in common."""
+    steps = config.steps or PRESETS[config.preset].steps
+    shared = [f"{name}: {value}" for name in ("train", "evaluate") if (value := getattr(config, name))]
+    names = ", ".join(path.name for path in config.data)
+    seeds = ", ".join(map(str, config.seeds))
+    return "; ".join([f"{names}; {steps} updates; {trials_of(config)} starts of each task; seeds {seeds}", *shared])
 
 
 def main(config):
     """Run a study's missing cells and write its report; return the number of cells that failed."""
     check_config(config)
     config.out = config.out.resolve()
+    config.data = tuple(path.resolve() if path.exists() else path for path in config.data)
     cells = make_cells(config)
     if config.dry_run:
         print_plan(config, cells)
         return 0
     failed = {} if config.report_only else run_cells(config, cells)
     everything = make_cells(replace(config, shard=""))
-    cells = [(cell.group, cell.seed, cell_folder(config, cell), finished(config, cell)) for cell in everything]
-    write_report(config.out, PRESETS[config.preset], cells, failed)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with open(config.out / "report.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # shards may end at the same moment
+        played = [read_played(config, cell) for cell in everything]
+        write_report(config.out, PRESETS[config.preset], played, describe(config))
     return len(failed)
 
 

@@ -53,8 +53,8 @@ from watch import Watch
 
 # A resumed run may change where things lie (contents are compared by fingerprint) and what does not alter results.
 FREE_TO_CHANGE = set(
-    "resume out data spec labels tokenizer cache num_workers save_every val_every wandb_project per_device_batch_size "
-    "gradient_checkpointing compile keep max_skipped timeout eval_every eval_trials eval_flags".split()
+    "resume out data spec labels tokenizer cache init_from num_workers save_every val_every wandb_project keep timeout "
+    "per_device_batch_size gradient_checkpointing compile max_skipped eval_every eval_trials eval_flags".split()
 )
 LOG_EVERY = 10  # updates, but at most 5 s, between exchanges of losses (and of signals) among the processes
 

@@ -2,19 +2,26 @@
 
 import json
 import os
-import shlex
+import signal
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from eval_helpers import record, write
 
 import prepare
 import report
 import study
+import train
 from common import Ranks
+from files import save_tensors
 
 
 def config(out, preset="smoke", **changes):
@@ -97,10 +104,7 @@ def test_differences_are_paired_and_corrected():
 
 def test_presets_name_each_cell_once_and_their_options_exist(tmp_path):
     """No two cells share a folder; every command is one that train.py and eval.py understand."""
-    import tyro
-
     import eval as evaluation
-    import train
     from prepare import check_config
 
     for preset in study.PRESETS:
@@ -119,29 +123,37 @@ def test_shards_are_the_whole(tmp_path):
     whole = [cell.name for cell in study.make_cells(config(tmp_path, "fewshot"))]
     parts = [cell.name for part in ("1/2", "2/2") for cell in study.make_cells(config(tmp_path, "fewshot", shard=part))]
     assert sorted(parts) == sorted(whole) and len(whole) == 87
-    assert study.main(config(tmp_path / "x", "long", shard="2/5", report_only=True)) == 0
-    assert "INCOMPLETE: 15 of 15 cells are missing" in (tmp_path / "x" / "report.md").read_text()
+    assert study.main(config(tmp_path / "x", "ablations", shard="2/5", report_only=True)) == 0
+    assert "INCOMPLETE: 42 of 42 cells are missing" in (tmp_path / "x" / "report.md").read_text()
     with pytest.raises(ValueError, match="shard is '3/2'"):
         study.make_cells(config(tmp_path, shard="3/2"))
 
 
 def test_settings_that_make_cells_something_else_are_refused(tmp_path):
-    """What the cells set themselves, unknown variants, a seed twice. Cells of other settings are not in the report."""
+    """What the cells set themselves, however it is written; unknown variants, a seed twice, long tasks without data.
+    Cells of other settings are not in the report; where they lie, and what starts them, makes no difference."""
     for expected, changes in (
-        ("train has --max-steps, which the cells set themselves", {"train": "--max-steps 7"}),
+        ("train has --max-steps, which the cells set themselves", {"train": "--max_steps 7"}),
+        ("train has --latent-weight, which", {"preset": "ablations", "train": "--latent-weight=0.5"}),
+        ("train has --epochs, which", {"train": "--num-workers 2 --epochs 3"}),
         ("evaluate has --trials", {"evaluate": "--trials=3"}),
         ("variants has la_typo", {"variants": ("la_typo",)}),
         (r"seeds are .0, 0.; give some, each once", {"seeds": (0, 0)}),
         ("jobs is 0", {"jobs": 0}),
+        ("data is data/libero_tiny, whose tasks are short", {"preset": "long"}),
     ):
         with pytest.raises(ValueError, match=expected):
             study.main(config(tmp_path, **changes))
-    settings, other = config(tmp_path, seeds=(0,)), config(tmp_path, seeds=(0,), steps=9)
-    for cell, longer in zip(study.make_cells(settings), study.make_cells(other)):
-        folder = study.cell_folder(settings, cell)
-        folder.mkdir()
-        (folder / "cell.json").write_text(json.dumps({"commands": study.plain(settings, cell)}))
-        assert study.finished(settings, cell) and not study.finished(other, longer)
+    settings = config(tmp_path, seeds=(0,))
+    cell = study.make_cells(settings)[0]
+    study.cell_folder(settings, cell).mkdir()
+    made = json.dumps({"made": study.made_of(settings, cell)})
+    (study.cell_folder(settings, cell) / "cell.json").write_text(made)
+    for same in ({}, {"launch": "torchrun"}, {"out": tmp_path / ".." / tmp_path.name}, {"jobs": 2}):
+        assert study.finished(replace(settings, **same), cell)
+    for other in ({"train": "--centre"}, {"evaluate": "--widen 0"}, {"trials": 7}, {"data": (tmp_path / "x",)}):
+        assert not study.finished(replace(settings, **other), cell)
+    assert not study.finished(settings, study.make_cells(replace(settings, steps=9))[0])
 
 
 def test_video_first_is_two_commands(tmp_path):
@@ -166,15 +178,17 @@ def test_plan_says_what_is_to_do(tmp_path, capsys):
     """Updates of all trainings that are missing, shared first stages once, and the episodes."""
     settings = config(tmp_path, "fewshot", seeds=(0,), variants=("la_direct",), steps=10, dry_run=True)
     assert study.main(settings) == 0
-    # dropped: all, 5 and 2; joint, twice as long: 5 and 2; first: video once, then 5 and 2
-    assert "7 of 7 cells to do: 100 updates, 140 episodes of each task" in capsys.readouterr().out
+    # dropped: all, 5 and 2; joint: 5 and 2; first, half as long each: video once, then 5 and 2
+    assert "7 of 7 cells to do: 65 updates, 140 episodes of each task" in capsys.readouterr().out
 
 
 def test_controls_are_played_by_the_first_seed(tmp_path):
     """After its evaluation, ten trials each, into files of their own; the other seeds have none."""
-    first, *_, last = study.make_cells(config(tmp_path, "variants", seeds=(4, 5)))
-    _, played, *controls = study.commands(config(tmp_path, "variants"), first)
-    assert played[played.index("--trials") + 1] == "50" and len(study.commands(config(tmp_path, "variants"), last)) == 2
+    settings = config(tmp_path, "variants", seeds=(4, 5), evaluate="--envs 1")
+    first, *_, last = study.make_cells(settings)
+    _, played, *controls = study.commands(settings, first)
+    assert played[played.index("--trials") + 1] == "50" and len(study.commands(settings, last)) == 2
+    assert all(words[words.index("--envs") + 1] == "1" for words in (played, *controls))
     assert [words[-2:] for words in controls][1:3] == [["--black-camera", "image"], ["--black-camera", "wrist_image"]]
     assert {words[words.index("--trials") + 1] for words in controls} == {"10"}
     assert len({words[words.index("--out") + 1] for words in (played, *controls)}) == 1 + len(study.CONTROLS)
@@ -187,14 +201,20 @@ def test_cells_side_by_side_share_the_cores(tmp_path, monkeypatch, jobs):
     used = []
     waiting = threading.Barrier(min(jobs, 2))
 
-    def note(settings, cell):
-        waiting.wait(60)
-        used.append(os.sched_getaffinity(0))
-        return ""
+    class Child:
+        """What stands for train.py and eval.py: it notes the cores, and fails."""
 
-    monkeypatch.setattr(study, "run_cell", note)
+        def __init__(self, words, **options):
+            used.append(os.sched_getaffinity(0))
+            waiting.wait(60)
+
+        def wait(self):
+            return 1
+
+    monkeypatch.setattr(study, "TRIES", 1)
+    monkeypatch.setattr(study.subprocess, "Popen", Child)
     settings = config(tmp_path, seeds=(0,), jobs=jobs)
-    assert study.run_cells(settings, study.make_cells(settings)) == {}
+    assert len(study.run_cells(settings, study.make_cells(settings))) == 2
     assert len(used) == 2 and os.sched_getaffinity(0) == here
     if 1 < jobs <= len(here):
         assert not used[0] & used[1]
@@ -232,14 +252,18 @@ def cells(tmp_path):
     for variant, labelled, rate in (("baseline", 2, 0.4), ("baseline", 18, 0.9), ("la_direct", 2, 0.8)):
         for seed in (0, 1):
             folder = tmp_path / f"{variant}-{labelled}-{seed}"
-            made.append(({"variant": variant, "labelled": labelled}, seed, folder, (variant, seed) != ("la_direct", 1)))
             (folder / "run").mkdir(parents=True)
             (folder / "run" / "config.json").write_text('{"commit": "abc"}')
             (folder / "run" / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 250)
             (folder / "cell.json").write_text(json.dumps({"commands": [f"python train.py --out {folder}/run"]}))
-            if (variant, labelled) == ("baseline", 2):
-                write(folder / "cameras-swapped.jsonl", [record(start, start == seed) for start in range(3)])
-            write(folder / "eval.jsonl", [record(start, start < 10 * rate) for start in range(10)] + [record(10, None)])
+            cell = report.Played({"variant": variant, "labelled": labelled}, seed, folder)
+            if (variant, seed) == ("la_direct", 1):
+                cell.fault = "it crashed"
+            else:
+                cell.trials = [record(start, start < 10 * rate) for start in range(10)] + [record(10, None)]
+            if (variant, labelled, seed) == ("baseline", 2, 0):
+                cell.controls["cameras swapped"] = [record(0, True), record(1, False), record(2, None)]
+            made.append(cell)
     return made
 
 
@@ -249,51 +273,115 @@ def test_report_by_hand(cells, tmp_path, capsys):
         question="Why?",
         x="labelled",
         panels="",
-        baseline={"variant": "baseline"},
+        compare=({"variant": "baseline"}, {"labelled": 2}),
         controls=("blind", "cameras swapped"),
     )
-    report.write_report(tmp_path / "out", preset, cells, {"x": "it crashed"})
-    text = (tmp_path / "out" / "report.md").read_text()
+    report.write_report(tmp_path, preset, cells, "somewhere; 7 updates")
+    text = (tmp_path / "report.md").read_text()
     rows = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in text.splitlines() if "=" in line}
     assert "8/20 = 40.0 %" in rows["baseline2"] and "18/20 = 90.0 %" in rows["baseline18"]
+    assert rows["baseline2"].endswith("|  |  |  |  |") and "minus 2 (points)" in text
+    *_, to_baseline, _, to_two, p, _ = rows["baseline18"].split("|")
+    assert to_baseline.strip() == "" and to_two.strip().startswith("+50.0 (") and p.count("(") == 1
     assert "8/10 = 80.0 % INCOMPLETE: seeds 1 are missing" in rows["la_direct2"] and "+40.0 (" in rows["la_direct2"]
     assert "one seed" in rows["la_direct2"] and "INCOMPLETE: 2 trials ended in an error" in rows["baseline2"]
-    assert "**INCOMPLETE: 1 of 6 cells are missing.**" in text and "Failed: x: it crashed" in text
-    assert "| baseline, 2 | missing | 2/6 |" in text and "| la_direct, 2 | missing | missing |" in text
+    assert "**INCOMPLETE: 1 of 6 cells are missing.**" in text and "Failed: la_direct, 2, seed 1: it crashed" in text
+    assert "somewhere; 7 updates" in text
+    assert "| baseline, 2 | missing | 1/2 |" in text and "| la_direct, 2 | missing | missing |" in text
     assert "Trained at abc; 5 cells." in text and "python train.py --out OUT/" in text
     assert "INCOMPLETE" in capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["missing"] == 1 and results["results"][0]["by_seed"] == [0.4, 0.4]
-    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in ("success.png", "curves.png"))
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("success.png", "curves.png"))
 
 
-def test_killed_study_goes_on_and_gives_the_same_report(rlds, cache, labels, tmp_path, monkeypatch):
-    """Two cells of the smoke preset: the second one's evaluation fails at first, which is reported and tried again; the
-    next call does only what is missing, and its results are those of a study that was never interrupted."""
-    played = []
+# ----------------------------------------------------------------------------------------------------------------------
+# Interruptions
 
-    def pretend(words, **options):
-        """Train for real; play no simulator, but write what one would have written."""
+
+class Pretended:
+    """What stands for the processes of a study: trains and plays nothing, but writes what one would have written.
+
+    faults: what goes wrong with the next trainings, "" for nothing.
+    """
+
+    def __init__(self, faults=()):
+        self.faults = list(faults)
+        self.trained = []
+
+    def __call__(self, words, **options):
+        out = study.Path(words[words.index("--out") + 1])
         if words[1] == "eval.py":
-            played.append(words[2])
-            if "la_direct" in words[2] and len(played) < 4:
-                return SimpleNamespace(returncode=1)
-            write(tmp_path / "x" / "trials", [])
-            out = words[words.index("--out") + 1]
-            write(study.Path(out), [record(start, True) for start in range(3)])
-        else:
-            started.append(shlex.join(words))
-        return SimpleNamespace(returncode=0)
+            write(out, [record(start, True, trial=start) for start in range(3)])
+            return SimpleNamespace(wait=lambda: 0)
+        self.trained.append(out)
+        fault = self.faults.pop(0) if self.faults else ""
+        out.mkdir(exist_ok=True)
+        step = 1 if fault == "stopped half way" else words[words.index("--max-steps") + 1]  # it ends well, as at Ctrl-C
+        save_tensors(out / "model.safetensors", {"x": torch.zeros(1)}, step=step)
+        (out / "config.json").write_text('{"commit": "abc"}')
+        return SimpleNamespace(wait=lambda: int(fault == "crash"))
 
-    started = []
-    monkeypatch.setattr(study.subprocess, "run", pretend)
+
+def test_interrupted_study_goes_on_and_gives_the_same_report(tmp_path, monkeypatch):
+    """Two cells: one training crashes, then ends well but half way, as after Ctrl-C: both are told and tried again, and
+    such a run is never played. The next call does only what is missing; its results are those of an undisturbed study,
+    in which trials that nobody asked for do not count."""
     settings = config(tmp_path / "study", seeds=(0,))
-    assert study.main(settings) == 1  # la_direct failed twice
-    before = len(started)
-    assert "1 of 2 cells are missing" in (tmp_path / "study" / "report.md").read_text()
-    assert study.main(settings) == 0 and len(started) == before + 1
-    assert study.main(settings) == 0 and len(started) == before + 1  # nothing is left to do
-    whole = config(tmp_path / "whole", seeds=(0,))
-    assert study.main(whole) == 0
+    pretended = Pretended(["", "crash", "stopped half way"])
+    monkeypatch.setattr(study.subprocess, "Popen", pretended)
+    assert study.main(settings) == 1
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert (
+        "1 of 2 cells are missing" in text and "la_direct, 2, seed 0: train.py ended with status 0, unfinished" in text
+    )
+    assert len(pretended.trained) == 3
+    assert study.main(settings) == 0 and len(pretended.trained) == 4  # from where it was stopped
+    assert study.main(settings) == 0 and len(pretended.trained) == 4  # nothing is left to do
+    assert study.main(replace(settings, out=tmp_path / "whole")) == 0
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("study", "whole"))
-    assert one == other
+    assert one == other and one["results"][0]["episodes"] == 1  # of the three that were written
+
+
+def test_stopped_study_stops_what_it_started(tmp_path):
+    """SIGTERM reaches what trains, which may save; nothing else is started, and no cell counts as done. While a cell is
+    at work, also after its study was killed, another call leaves it alone."""
+    stand_in = tmp_path / "train.py"
+    stand_in.write_text(
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def stop(*_):\n    (here / 'saved').touch()\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "(here / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    words = [sys.executable, study.__file__, "smoke", "--out", tmp_path / "study", "--seeds", "0"]
+    words += ["--launch", f"{sys.executable} {stand_in}"]
+
+    def start():
+        """Start a study and wait until it trains."""
+        (tmp_path / "started").unlink(missing_ok=True)
+        (tmp_path / "saved").unlink(missing_ok=True)
+        running = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+        wait_for(tmp_path / "started")
+        return running
+
+    running = start()
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(30) != 0 and (tmp_path / "saved").exists()
+    assert not list((tmp_path / "study").rglob("cell.json")) and not list((tmp_path / "study").rglob("fault.json"))
+    running = start()
+    running.kill()
+    running.wait()
+    done = subprocess.run(list(map(str, words[:-2])) + ["--variants", "baseline"], capture_output=True, text=True)
+    assert done.returncode == 1 and "another call of study.py, or what it started, is at this cell" in done.stdout
+    subprocess.run(["pkill", "-f", str(stand_in)])
+
+
+def wait_for(path):
+    """Wait until a file exists."""
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise TimeoutError(path)
