@@ -180,16 +180,16 @@ def refuse_ignored(config, ignored):
 
 
 def ignored_options(config):
-    """Return what `refuse_ignored` takes. Labels and tokenizer may be given to all variants, to compare them."""
+    """Return what `refuse_ignored` takes.
+
+    Labels and tokenizer, and `delta` and `align_target`, which say what is in them, may be given to all variants, to
+    compare them.
+    """
     variant = VARIANTS[config.variant]
     name = f"--variant {config.variant}"
-    from_images = variant.target == "image"
-    reads_vectors = from_images and (variant.loss != "codes" or config.continuous)
     return [
         ("latent_weight", not variant.loss, name),
         ("align_layer", variant.latents or not variant.loss, name),
-        ("delta", not from_images, name),
-        ("align_target", not reads_vectors, f"{name} without --continuous" if from_images else name),
         ("rest", not config.episodes and config.data_fraction == 1, "--data-fraction 1: all episodes keep actions"),
         ("rest_weight", config.rest != "video", f"--rest {config.rest}"),
         ("lr_decay_every", config.lr_scheduler != "step", f"--lr-scheduler {config.lr_scheduler}"),

@@ -72,9 +72,6 @@ def test_latent_training_keeps_its_length(rlds, cache, tmp_path):
 IGNORED = [
     ({"variant": "baseline", "latent_weight": 0.5}, "--latent-weight has no effect with --variant baseline"),
     ({"variant": "la_cond", "align_layer": 2}, "--align-layer has no effect with --variant la_cond"),
-    ({"variant": "la_tok", "delta": 8}, "--delta has no effect with --variant la_tok"),
-    ({"variant": "baseline", "align_target": "quantised"}, "--align-target has no effect with --variant baseline;"),
-    ({"variant": "la_direct", "align_target": "quantised"}, "--variant la_direct without --continuous; leave it out"),
     (
         {"variant": "la_align", "continuous": True},
         "for la_direct, la_cond, la_tok, not for la_",
@@ -117,9 +114,9 @@ def test_setting_that_would_be_ignored_or_cannot_be(changes, message, train_conf
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_settings_with_an_effect_pass(variant, train_config, tmp_path):
-    """The defaults of every variant, with labels and tokenizer; what each ablation is for."""
+    """The defaults of every variant, with labels and tokenizer and what describes them; what each ablation is for."""
     useful = {
-        "baseline": {"placeholders_per_step": 4, "max_grad_norm": 0.0, "ema": 0.0},
+        "baseline": {"placeholders_per_step": 4, "max_grad_norm": 0.0, "ema": 0.0, "delta": 4},
         "la_align": {"align_layer": 2, "align_target": "quantised", "latent_weight": 0.0, "delta": 4},
         "la_direct": {
             "continuous": True,
@@ -129,7 +126,7 @@ def test_settings_with_an_effect_pass(variant, train_config, tmp_path):
             "rest_weight": 2.0,
         },
         "la_cond": {"backbone": "DIR", "tuning": "lora", "lora_rank": 8, "lora_targets": ("qkv",)},
-        "la_tok": {"lr_scheduler": "step", "lr_decay_every": 5, "continuous": True, "image_aug": False},
+        "la_tok": {"lr_scheduler": "step", "lr_decay_every": 5, "continuous": True, "align_target": "quantised"},
     }
     prepare.check_config(train_config(tmp_path, variant=variant), 1)
     prepare.check_config(train_config(tmp_path, variant=variant, **useful[variant]), 1)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from conftest import printed
 from eval_helpers import record, write
 
 import prepare
@@ -172,6 +173,17 @@ def test_video_first_is_two_commands(tmp_path):
         parts = study.make_cells(config(tmp_path, "fewshot", seeds=(3,), steps=7, shard=part))
         names = {cell.name for cell in parts}
         assert all((f"{v}-first-2-seed3" in names) == (f"{v}-first-5-seed3" in names) for v in study.LATENT)
+
+
+def test_printed_study(tmp_path):
+    """The command of docs/study.md gives its labels to all cells, and they are refused in no variant."""
+    settings = tyro.cli(study.Config, args=printed("python study.py fewshot --out runs/fewshot --jobs 2")[2:])
+    study.check_config(settings)
+    for cell in study.make_cells(settings):
+        for words in study.training_commands(settings, cell):
+            trained = tyro.cli(train.Config, args=words[2:])
+            prepare.check_config(trained, 1)
+            assert trained.labels == (study.Path("runs/labels.safetensors"),)
 
 
 def test_plan_says_what_is_to_do(tmp_path, capsys):
