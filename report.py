@@ -3,8 +3,9 @@
 Success varies with the start and with the training seed, and all policies play the same starts, so the two are crossed:
 outcome = mean + seed + start + rest, a mixed model whose variances are estimated by moments (two-way analysis of
 variance), with Student's t at Satterthwaite's degrees of freedom. With three seeds a bootstrap over seeds would be far
-too sure. Of one seed the interval speaks of that run alone, and there is no p. Never narrower, and no p smaller, than
-what ignores the seeds: Wilson's interval, Agresti and Min's for pairs, McNemar's test.
+too sure, and one group's own scatter of seeds is hardly known, so that is pooled, in units of the variance, over the
+groups with as many labels. Of one seed the interval speaks of that run alone, and there is no p. Never narrower, and
+no p smaller, than what ignores the seeds: Wilson's interval, Agresti and Min's for pairs, McNemar's test.
 
 Axes: S training seeds, N starts.
 """
@@ -19,9 +20,10 @@ from files import read_json, write_json, write_text
 from results import markdown_table, mcnemar, paired_difference, trial_key, wilson
 
 SMOOTH = 100  # updates, over which learning curves are averaged
-EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; of
-one seed, of that run alone. Differences are between groups that are alike but for what the column's head says, paired
-by seed and start; in brackets p after Holm's correction for the comparisons of the column."""
+EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; how
+much seeds scatter is pooled over the groups{level}; of one seed, of that run alone. Differences are between groups that
+are alike but for what the column's head says, paired by seed and start; in brackets p after Holm's correction for the
+comparisons of the column."""
 
 
 @dataclass
@@ -45,27 +47,58 @@ class Played:
 # Statistics
 
 
-def crossed_mean(values):
+def mean_squares(values):
+    """Return the mean squares of values f64 [S, N] for seeds, starts and the rest (two-way analysis of variance)."""
+    seeds, starts = values.shape
+    of_seeds, of_starts = values.mean(1), values.mean(0)
+    rest = values - of_seeds[:, None] - of_starts + values.mean()
+    squares = np.square(rest).sum() / ((seeds - 1) * (starts - 1))
+    return starts * of_seeds.var(ddof=1), seeds * of_starts.var(ddof=1), squares
+
+
+def played_by_all(values):
+    """Return values f64 [S, N] without the starts that a seed lacks (NaN)."""
+    return values[:, np.isfinite(values).all(0)]
+
+
+def pool_scatter(tables, shared=False):
+    """Return (mean square of seeds / variance, degrees of freedom), pooled over tables f64 [S, N] of several groups.
+
+    shared: the tables are differences to one and the same group, whose seeds are in all of them: correlated by 1/2, so
+    their mean squares by 1/4, and they count as fewer degrees of freedom. Tables of one seed say nothing; (0, 0) when
+    there are no others.
+    """
+    tables = [table for table in map(played_by_all, tables) if min(table.shape) > 1]
+    weights = np.array([len(table) - 1 for table in tables], float)
+    variance = weights @ np.array([table.var() for table in tables]) if tables else 0.0
+    if not variance:
+        return 0.0, 0.0
+    freedom = weights.sum() / (1 + (len(tables) - 1) / 4 * shared)
+    return float(weights @ np.array([mean_squares(table)[0] for table in tables]) / variance), float(freedom)
+
+
+def crossed_mean(values, scatter=None):
     """Return (mean, standard error, degrees of freedom) of values f64 [S, N] over random seeds and starts.
 
-    Starts that a seed lacks (NaN) are left out for all. The squared error is (MS_seeds + MS_starts - MS_rest) / (S N),
-    but at least that of seeds or of starts alone. Of one seed, it is that of starts.
+    scatter: of `pool_scatter`; default: of these values alone. Starts that a seed lacks are left out for all. The
+    squared error is (MS_seeds + MS_starts - MS_rest) / (S N), but at least that of seeds or of starts alone. Of one
+    seed, it is that of starts.
     """
-    values = values[:, np.isfinite(values).all(0)]
+    values = played_by_all(values)
     seeds, starts = values.shape
     if seeds * starts < 2 or starts < 2:
         return float(values.mean()), np.inf, 1.0
-    mean, of_seeds, of_starts = values.mean(), values.mean(1), values.mean(0)
-    ms_starts = seeds * of_starts.var(ddof=1)
+    mean = float(values.mean())
     if seeds == 1:
-        return float(mean), float(np.sqrt(ms_starts / starts)), starts - 1.0
-    ms_seeds = starts * of_seeds.var(ddof=1)
-    rest = values - of_seeds[:, None] - of_starts + mean
-    ms_rest = np.square(rest).sum() / ((seeds - 1) * (starts - 1))
+        return mean, float(np.sqrt(values.var(ddof=1) / starts)), starts - 1.0
+    _, ms_starts, ms_rest = mean_squares(values)
+    ratio, seed_freedom = scatter or pool_scatter([values])
+    ms_seeds = ratio * values.var()
     total = max(ms_seeds + ms_starts - ms_rest, ms_seeds, ms_starts)
-    spread = ms_seeds**2 / (seeds - 1) + ms_starts**2 / (starts - 1) + ms_rest**2 / ((seeds - 1) * (starts - 1))
-    freedom = max(1.0, total**2 / spread) if spread else starts - 1.0
-    return float(mean), float(np.sqrt(total / (seeds * starts))), float(freedom)
+    if not total:
+        return mean, 0.0, starts - 1.0
+    spread = ms_seeds**2 / seed_freedom + ms_starts**2 / (starts - 1) + ms_rest**2 / ((seeds - 1) * (starts - 1))
+    return mean, float(np.sqrt(total / (seeds * starts))), float(max(1.0, total**2 / spread))
 
 
 def t_distribution(freedom):
@@ -87,10 +120,13 @@ def t_quantile(freedom, tail=0.025):
     return float(np.sqrt(freedom) * np.tan(np.interp(1 - tail, below, angles)))
 
 
-def rate_interval(outcomes):
-    """Return (mean, low, high) of successes f64 [S, N]: the model's 95 % interval, at least as wide as Wilson's."""
+def rate_interval(outcomes, scatter=None):
+    """Return (mean, low, high) of successes f64 [S, N]: the model's 95 % interval, at least as wide as Wilson's.
+
+    scatter: as of `crossed_mean`.
+    """
     played = outcomes[np.isfinite(outcomes)]
-    _, error, freedom = crossed_mean(outcomes)
+    _, error, freedom = crossed_mean(outcomes, scatter)
     mean = played.mean()
     low, high = wilson(int(played.sum()), played.size)
     if np.isfinite(error):
@@ -99,12 +135,15 @@ def rate_interval(outcomes):
     return float(mean), float(low), float(high)
 
 
-def difference_interval(first, second):
-    """Return (mean, low, high, p) of second - first, both f64 [S, N], paired by seed and start; p None for one seed."""
+def difference_interval(first, second, scatter=None):
+    """Return (mean, low, high, p) of second - first, both f64 [S, N], paired by seed and start; p None for one seed.
+
+    scatter: as of `crossed_mean`, of differences.
+    """
     both = np.isfinite(first) & np.isfinite(second)
     pairs = first[both].astype(bool).tolist(), second[both].astype(bool).tolist()
     mean, low, high = paired_difference(*pairs)
-    _, error, freedom = crossed_mean(second - first)
+    _, error, freedom = crossed_mean(second - first, scatter)
     p = mcnemar(*pairs)
     if np.isfinite(error):
         width = t_quantile(freedom) * error
@@ -163,45 +202,63 @@ def group_name(group):
     return ", ".join(str(value) for value in group.values())
 
 
-def difference_of(entry, entries, changed):
-    """Return how a group differs from the one that is the same but for `changed`, or None where there is none.
+def pair_of(entry, entries, changed):
+    """Return (name, first, second): a group that is the same but for `changed`, its outcomes and this one's.
 
-    That is {"to": its name, "points", "ci95", "p"}: a difference of rates, and p None for one seed.
+    Both f64 [S, N], of the seeds that both have; None where there is no such group, or no such seed.
     """
     wanted = entry["group"] | changed
     other = next((other for other in entries.values() if other["group"] == wanted), None)
     if other is None or other is entry:
         return None
-    shared = np.isfinite(entry["outcomes"]).any(1) & np.isfinite(other["outcomes"]).any(1)
+    shared = np.isfinite(entry["outcomes"] + other["outcomes"]).any(1)
     if not shared.any():
         return None
-    points, low, high, p = difference_interval(other["outcomes"][shared], entry["outcomes"][shared])
-    return {"to": group_name(wanted), "points": points, "ci95": [low, high], "p": p}
+    return group_name(wanted), other["outcomes"][shared], entry["outcomes"][shared]
+
+
+def scatter_by_level(tables, entries, x, shared=False):
+    """Return {value of the part x: `pool_scatter` of the groups that have it}. tables: {name of a group: f64 [S, N]}"""
+    levels = {}
+    for name, table in tables.items():
+        levels.setdefault(entries[name]["group"].get(x), []).append(table)
+    return {level: pool_scatter(found, shared) for level, found in levels.items()}
 
 
 def analyse(entries, preset):
     """Return a list of results of all groups: success with its interval, and a difference for each `preset.compare`.
 
-    The p of those that are compared in the same way are adjusted together, as "p_holm".
+    A difference is {"to": name, "points", "ci95", "p" (None for one seed), "p_holm"}: of rates; the p of those that are
+    compared in the same way are adjusted together. How seeds scatter is pooled over the groups with the same
+    `preset.x`.
     """
-    results = []
+    outcomes = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
+    outcomes = {name: table for name, table in outcomes.items() if len(table)}
+    scatters = scatter_by_level(outcomes, entries, preset.x)
+    results = {}
     for name, entry in entries.items():
         kept = ("group", "seeds", "missing", "errors", "controls")
-        result = {"name": name} | {key: entry[key] for key in kept}
-        played = np.isfinite(entry["outcomes"])
-        result |= {"successes": int(np.nansum(entry["outcomes"])), "episodes": int(played.sum())}
-        if played.any():
-            complete = entry["outcomes"][played.any(1)]
-            result["success"], *result["ci95"] = rate_interval(complete)
-            result["by_seed"] = [float(np.nanmean(row)) for row in complete]
-        result["differences"] = [difference_of(entry, entries, changed) for changed in preset.compare]
-        results.append(result)
-    for number in range(len(preset.compare)):
-        compared = [difference for result in results if (difference := result["differences"][number])]
-        compared = [difference for difference in compared if difference["p"] is not None]
+        result = {"name": name} | {key: entry[key] for key in kept} | {"differences": [None] * len(preset.compare)}
+        if name in outcomes:
+            played = outcomes[name]
+            result |= {"successes": int(np.nansum(played)), "episodes": int(np.isfinite(played).sum())}
+            result["success"], *result["ci95"] = rate_interval(played, scatters[entry["group"].get(preset.x)])
+            result["by_seed"] = [float(np.nanmean(row)) for row in played]
+        results[name] = result
+    for number, changed in enumerate(preset.compare):
+        pairs = {name: pair for name, entry in entries.items() if (pair := pair_of(entry, entries, changed))}
+        tables = {name: second - first for name, (_, first, second) in pairs.items()}
+        scatters = scatter_by_level(tables, entries, preset.x, shared=True)
+        found = {}
+        for name, (other, first, second) in pairs.items():
+            scatter = scatters[entries[name]["group"].get(preset.x)]
+            points, low, high, p = difference_interval(first, second, scatter)
+            found[name] = {"to": other, "points": points, "ci95": [low, high], "p": p}
+            results[name]["differences"][number] = found[name]
+        compared = [difference for difference in found.values() if difference["p"] is not None]
         for difference, p in zip(compared, holm([difference["p"] for difference in compared])):
             difference["p_holm"] = p
-    return results
+    return list(results.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,7 +406,8 @@ def write_report(out, preset, cells, setting):
     if preset.controls:
         lines += [format_controls(results, preset.controls), ""]
     print("\n".join(lines))
-    lines += [EXPLANATION, ""]
+    level = f" with the same value of {preset.x}" if preset.x else ""
+    lines += [EXPLANATION.format(level=level), ""]
     faults = {f"{group_name(cell.group)}, seed {cell.seed}": cell.fault for cell in cells if cell.fault}
     lines += [f"Failed: {name}: {fault}" for name, fault in faults.items()]
     if any("success" in result for result in results):
