@@ -198,6 +198,14 @@ def load_tensors(path):
     return tensors, info
 
 
+def saved_step(path):
+    """Return the update after which `save_tensors` wrote a file, its `step`; -1 for none, or a damaged one."""
+    try:
+        return int(load_tensors(path)[1].get("step", -1))
+    except (ValueError, OSError):
+        return -1
+
+
 def _check_checksum(path, tensors, info):
     """Take the checksum from a file's metadata and raise ValueError when it is another; other writers store none."""
     stored = info.pop("checksum", None)

@@ -29,7 +29,7 @@ from typing import Literal
 import tyro
 
 from data import open_dataset
-from files import load_tensors, read_json, write_json
+from files import read_json, saved_step, write_json
 from index import split_episodes
 from report import Played, write_report
 from results import read_trials, shard
@@ -361,7 +361,7 @@ def is_done(config, cell):
 def trained_whole(words):
     """Return whether a command of train.py left weights of its last update: one that was stopped ends well too."""
     weights = Path(words[words.index("--out") + 1]) / "model.safetensors"
-    return weights.exists() and load_tensors(weights)[1].get("step") == words[words.index("--max-steps") + 1]
+    return saved_step(weights) == int(words[words.index("--max-steps") + 1])
 
 
 @contextlib.contextmanager

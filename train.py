@@ -44,7 +44,7 @@ from common import (
     to_device,
     worker_options,
 )
-from files import save_tensors
+from files import save_tensors, saved_step
 from index import CACHE
 from model import ACTION_LOSSES, VARIANTS
 from prepare import check_config, prepare
@@ -339,7 +339,7 @@ def main(config):
     share = config.global_batch_size // ranks.world
     micro_batch = config.per_device_batch_size or share
     accumulation = share // micro_batch
-    if ranks.main and first == steps:  # killed between the two files of the last save
+    if ranks.main and first == steps > saved_step(run / "model.safetensors"):  # killed amid the last save
         save_tensors(run / "model.safetensors", trainable_tensors(vla) | average.tensors, step=first)
     sampler = StepBatchSampler(first, steps, config.global_batch_size, micro_batch, ranks.rank, ranks.world)
     workers = worker_options(choose_workers(config.num_workers, cuda), config.timeout)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -333,6 +333,26 @@ def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
         (tmp_path / "run" / name).unlink()
     train.main(train_config(tmp_path / "run", variant="baseline", resume=True))
     assert column(log_of(tmp_path / "run"), "loss") == expected and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_resume_of_a_finished_run_leaves_its_weights(train_config, tmp_path):
+    """The file stays as it is, because results are known by its hash; one that is missing, damaged, or older, as a kill
+    amid the last save leaves it, is made from that save."""
+    config = train_config(tmp_path / "run", variant="baseline", max_steps=2)
+    weights = train.main(config) / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    train.main(replace(config, resume=True))
+    assert weights.stat().st_mtime_ns == written
+    tensors, _ = files.load_tensors(weights)
+    for spoil in (
+        weights.unlink,
+        lambda: weights.write_bytes(b"x"),
+        lambda: files.save_tensors(weights, {name: 0 * tensor for name, tensor in tensors.items()}, step=1),
+    ):
+        spoil()
+        train.main(replace(config, resume=True))
+        again, info = files.load_tensors(weights)
+        assert info == {"step": "2"} and all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
