@@ -576,4 +576,7 @@ def main(config):
 
 
 if __name__ == "__main__":
-    raise SystemExit(int(main(tyro.cli(Config, description=__doc__)) > 0))
+    try:
+        raise SystemExit(int(main(tyro.cli(Config, description=__doc__)) > 0))
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; the same command goes on.") from None

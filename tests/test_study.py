@@ -408,13 +408,15 @@ def test_stopped_study_stops_what_it_started(tmp_path):
         """Start a study and wait until it trains."""
         (tmp_path / "started").unlink(missing_ok=True)
         (tmp_path / "saved").unlink(missing_ok=True)
-        running = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+        running = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for(tmp_path / "started")
         return running
 
     running = start()
     running.send_signal(signal.SIGTERM)
-    assert running.wait(30) != 0 and (tmp_path / "saved").exists()
+    _, told = running.communicate(timeout=30)
+    assert running.returncode == 1 and (tmp_path / "saved").exists()
+    assert told == "Stopped; the same command goes on.\n"
     assert not list((tmp_path / "study").rglob("cell.json")) and not list((tmp_path / "study").rglob("fault.json"))
     running = start()
     running.kill()
