@@ -345,7 +345,7 @@ def made_of(config, cell):
 def finished(config, cell):
     """Return whether a cell has been trained and played as the config says; its controls may be missing."""
     path = cell_folder(config, cell) / "cell.json"
-    return path.exists() and read_json(path)["made"] == made_of(config, cell)
+    return path.exists() and read_json(path).get("made") == made_of(config, cell)
 
 
 def control_played(config, cell, control):
