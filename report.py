@@ -217,12 +217,13 @@ def pair_of(entry, entries, changed):
     return group_name(wanted), other["outcomes"][shared], entry["outcomes"][shared]
 
 
-def scatter_by_level(tables, entries, x, shared=False):
-    """Return {value of the part x: `pool_scatter` of the groups that have it}. tables: {name of a group: f64 [S, N]}"""
+def pool_by_level(tables, entries, x, shared=False):
+    """Return {name: `pool_scatter` of the groups with the same value of the part x}. tables: {name: f64 [S, N]}"""
     levels = {}
     for name, table in tables.items():
         levels.setdefault(entries[name]["group"].get(x), []).append(table)
-    return {level: pool_scatter(found, shared) for level, found in levels.items()}
+    pooled = {level: pool_scatter(found, shared) for level, found in levels.items()}
+    return {name: pooled[entries[name]["group"].get(x)] for name in tables}
 
 
 def analyse(entries, preset):
@@ -234,7 +235,7 @@ def analyse(entries, preset):
     """
     outcomes = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
     outcomes = {name: table for name, table in outcomes.items() if len(table)}
-    scatters = scatter_by_level(outcomes, entries, preset.x)
+    scatters = pool_by_level(outcomes, entries, preset.x)
     results = {}
     for name, entry in entries.items():
         kept = ("group", "seeds", "missing", "errors", "controls")
@@ -242,17 +243,16 @@ def analyse(entries, preset):
         if name in outcomes:
             played = outcomes[name]
             result |= {"successes": int(np.nansum(played)), "episodes": int(np.isfinite(played).sum())}
-            result["success"], *result["ci95"] = rate_interval(played, scatters[entry["group"].get(preset.x)])
+            result["success"], *result["ci95"] = rate_interval(played, scatters[name])
             result["by_seed"] = [float(np.nanmean(row)) for row in played]
         results[name] = result
     for number, changed in enumerate(preset.compare):
         pairs = {name: pair for name, entry in entries.items() if (pair := pair_of(entry, entries, changed))}
         tables = {name: second - first for name, (_, first, second) in pairs.items()}
-        scatters = scatter_by_level(tables, entries, preset.x, shared=True)
+        scatters = pool_by_level(tables, entries, preset.x, shared=True)
         found = {}
         for name, (other, first, second) in pairs.items():
-            scatter = scatters[entries[name]["group"].get(preset.x)]
-            points, low, high, p = difference_interval(first, second, scatter)
+            points, low, high, p = difference_interval(first, second, scatters[name])
             found[name] = {"to": other, "points": points, "ci95": [low, high], "p": p}
             results[name]["differences"][number] = found[name]
         compared = [difference for difference in found.values() if difference["p"] is not None]

@@ -510,9 +510,10 @@ def read_played(config, cell):
 def print_plan(config, cells):
     """Print the cells, which are there, how many updates and episodes they cost, and their commands."""
     updates = {}  # of each training that is to do
-    trials = 0
+    todo = trials = 0
     for cell in cells:
         there = is_done(config, cell)
+        todo += not there
         print(f"{cell.name}:{' (there)' if there else ''}")
         for words in commands(config, cell):
             print(f"    {shlex.join(words)}")
@@ -520,7 +521,6 @@ def print_plan(config, cells):
                 updates[shlex.join(words)] = int(words[words.index("--max-steps") + 1])
             elif not there:
                 trials += int(words[words.index("--trials") + 1])
-    todo = sum(not is_done(config, cell) for cell in cells)
     total = sum(updates.values())
     print(
         f"{todo} of {len(cells)} cells to do: {total} updates, {trials} episodes of each task that a cell is trained on"
