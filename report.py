@@ -396,7 +396,7 @@ def write_report(out, preset, cells, setting):
     preset: a `study.Preset`; cells: list of `Played`, of all shards; setting: a line on what all cells have in common.
     """
     entries = group_cells(cells)
-    results = analyse(entries, preset)
+    results = sorted(analyse(entries, preset), key=lambda result: result["group"].get(preset.x, 0))
     parts = list(dict.fromkeys(part for result in results for part in result["group"]))
     missing = sum(len(result["missing"]) for result in results)
     lines = [f"# {preset.question}", "", setting, ""]

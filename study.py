@@ -151,7 +151,7 @@ def fewshot_cells(config, steps):
     """
     episodes, instructions = training_demonstrations(config, config.seeds[0])
     cells = []
-    for labelled in ("all", 5, 2):
+    for labelled in (5, 2, "all"):  # the middle tells most, so it comes first
         chosen = [] if labelled == "all" else ["--episodes", labelled]
         number = round(episodes / instructions) if labelled == "all" else labelled
         for rest in ("dropped", "joint", "first"):

@@ -325,6 +325,7 @@ def test_report_by_hand(cells, tmp_path, capsys):
     report.write_report(tmp_path, preset, cells, "somewhere; 7 updates")
     text = (tmp_path / "report.md").read_text()
     rows = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in text.splitlines() if "=" in line}
+    assert list(rows) == ["baseline2", "la_direct2", "baseline18"]
     assert "8/20 = 40.0 %" in rows["baseline2"] and "18/20 = 90.0 %" in rows["baseline18"]
     assert rows["baseline2"].endswith("|  |  |  |  |") and "minus 2 (points)" in text
     *_, to_baseline, _, to_two, p, _ = rows["baseline18"].split("|")
