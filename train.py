@@ -236,17 +236,18 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     return (total[0] / total[1]).item()
 
 
-def add_losses(totals, losses, sources, names, accumulation):
+def add_losses(totals, losses, sources, dataset, accumulation):
     """Add the losses of a micro-batch to `totals`, {"means": {name: tensor}, "sums": {name: [numerator, denominator]}}.
 
-    losses: of `VLA.forward`; sources: i64 [B], of several; names: of the sources. With several sources, each one's
-    losses are averaged over its own samples.
+    losses: of `VLA.forward`; sources: i64 [B], of several. With several sources, each one's losses are averaged over its
+    own samples, without the weight that makes up for those that have no actions.
     """
     sums = losses.pop("sums")
     samples = losses.pop("samples")
-    if len(names) > 1:
+    if len(names := dataset.source_names) > 1:
         chosen = torch.nn.functional.one_hot(sources, len(names)).float()  # [B, sources]
         for kind, values in samples.items():
+            values = values * dataset.labelled_share if kind == "action_loss" else values
             parts = torch.stack([values @ chosen, chosen.sum(0)])  # [2, sources]
             sums |= {f"{kind}/{name}": part for name, part in zip(names, parts.T)}
     for name, value in losses.items():
@@ -371,7 +372,7 @@ def main(config):
                 losses = ddp(batch)
                 spread = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
                 (losses["loss"] * spread / accumulation).backward()
-            add_losses(totals, losses, batch.get("source"), dataset.source_names, accumulation)
+            add_losses(totals, losses, batch.get("source"), dataset, accumulation)
 
         means = totals["means"]
         means["grad_norm"] = torch.nn.utils.clip_grad_norm_(vla.parameters(), config.max_grad_norm or torch.inf)
