@@ -23,7 +23,17 @@ SMOOTH = 100  # updates, over which learning curves are averaged
 EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; how
 much seeds scatter is pooled over the groups{level}; of one seed, of that run alone. Differences are between groups that
 are alike but for what the column's head says, paired by seed and start; in brackets p after Holm's correction for the
-comparisons of the column."""
+comparisons of the column{level}."""
+
+
+@dataclass
+class Comparison:
+    """What the groups of a study are compared with, in one column of the report."""
+
+    to: dict
+    """the parts in which the other group differs, and their values there"""
+    among: dict = field(default_factory=dict)
+    """only groups whose parts have one of these values are compared: part -> values (default: all)"""
 
 
 @dataclass
@@ -202,12 +212,14 @@ def group_name(group):
     return ", ".join(str(value) for value in group.values())
 
 
-def pair_of(entry, entries, changed):
-    """Return (name, first, second): a group that is the same but for `changed`, its outcomes and this one's.
+def pair_of(entry, entries, comparison):
+    """Return (name, first, second): what a group is compared with, the outcomes there and its own.
 
     Both f64 [S, N], of the seeds that both have; None where there is no such group, or no such seed.
     """
-    wanted = entry["group"] | changed
+    if any(entry["group"][part] not in values for part, values in comparison.among.items()):
+        return None
+    wanted = entry["group"] | comparison.to
     other = next((other for other in entries.values() if other["group"] == wanted), None)
     if other is None or other is entry:
         return None
@@ -229,9 +241,8 @@ def pool_by_level(tables, entries, x, shared=False):
 def analyse(entries, preset):
     """Return a list of results of all groups: success with its interval, and a difference for each `preset.compare`.
 
-    A difference is {"to": name, "points", "ci95", "p" (None for one seed), "p_holm"}: of rates; the p of those that are
-    compared in the same way are adjusted together. How seeds scatter is pooled over the groups with the same
-    `preset.x`.
+    A difference is {"to": name, "points", "ci95", "p" (None for one seed), "p_holm"}: of rates. The p of the same
+    comparison are adjusted together, and how seeds scatter is pooled, over the groups with the same `preset.x`.
     """
     outcomes = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
     outcomes = {name: table for name, table in outcomes.items() if len(table)}
@@ -246,18 +257,20 @@ def analyse(entries, preset):
             result["success"], *result["ci95"] = rate_interval(played, scatters[name])
             result["by_seed"] = [float(np.nanmean(row)) for row in played]
         results[name] = result
-    for number, changed in enumerate(preset.compare):
-        pairs = {name: pair for name, entry in entries.items() if (pair := pair_of(entry, entries, changed))}
+    for number, comparison in enumerate(preset.compare):
+        pairs = {name: pair for name, entry in entries.items() if (pair := pair_of(entry, entries, comparison))}
         tables = {name: second - first for name, (_, first, second) in pairs.items()}
         scatters = pool_by_level(tables, entries, preset.x, shared=True)
-        found = {}
+        families = {}  # value of x -> differences whose p are adjusted together
         for name, (other, first, second) in pairs.items():
             points, low, high, p = difference_interval(first, second, scatters[name])
-            found[name] = {"to": other, "points": points, "ci95": [low, high], "p": p}
-            results[name]["differences"][number] = found[name]
-        compared = [difference for difference in found.values() if difference["p"] is not None]
-        for difference, p in zip(compared, holm([difference["p"] for difference in compared])):
-            difference["p_holm"] = p
+            difference = {"to": other, "points": points, "ci95": [low, high], "p": p}
+            results[name]["differences"][number] = difference
+            if p is not None:
+                families.setdefault(entries[name]["group"].get(preset.x), []).append(difference)
+        for family in families.values():
+            for difference, p in zip(family, holm([difference["p"] for difference in family])):
+                difference["p_holm"] = p
     return list(results.values())
 
 
@@ -271,8 +284,8 @@ def format_table(results, parts, compare):
     parts: names of a group's parts; compare: of `Preset`.
     """
     heads = [*parts, "success", "95 % interval", "by seed"]
-    for changed in compare:
-        heads += [f"minus {', '.join(map(str, changed.values()))} (points)", "p (Holm)"]
+    for comparison in compare:
+        heads += [f"minus {', '.join(map(str, comparison.to.values()))} (points)", "p (Holm)"]
     return markdown_table(heads, [format_row(result, parts) for result in results])
 
 
@@ -407,7 +420,7 @@ def write_report(out, preset, cells, setting):
         lines += [format_controls(results, preset.controls), ""]
     print("\n".join(lines))
     level = f" with the same value of {preset.x}" if preset.x else ""
-    lines += [EXPLANATION.format(level=level), ""]
+    lines += [EXPLANATION.format(level=level), "", *([preset.notes, ""] if preset.notes else [])]
     faults = {f"{group_name(cell.group)}, seed {cell.seed}": cell.fault for cell in cells if cell.fault}
     lines += [f"Failed: {name}: {fault}" for name, fault in faults.items()]
     if any("success" in result for result in results):
@@ -421,10 +434,12 @@ def write_report(out, preset, cells, setting):
 
 
 def provenance(folders):
-    """Return lines with the commits of the finished cells in these folders, and the commands of one."""
-    configs = [folder / "run" / "config.json" for folder in folders]
-    commits = sorted({read_json(path)["commit"] for path in configs if path.exists()})
+    """Return lines with the commits and labels of the finished cells in these folders, and the commands of one."""
+    configs = [read_json(path) for folder in folders if (path := folder / "run" / "config.json").exists()]
+    commits = sorted({config["commit"] for config in configs})
+    labels = sorted({target["fingerprint"] for config in configs for target in config["targets"]})
     lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(folders)} cells."]
+    lines += [f"Labels and codes of models {', '.join(labels)}."] if labels else []
     if not folders:
         return lines
     made = read_json(folders[0] / "cell.json")["commands"]

@@ -1,11 +1,11 @@
 """When do latent actions help? Train and evaluate a table of runs, and report on it.
 
-    python study.py variants --out runs/variants          # the README's table
-    python study.py fewshot --out runs/fewshot            # what is missing is trained and played; then the report
-    python study.py fewshot --out runs/fewshot --dry-run  # the cells, what they cost, and their plain commands
-    python study.py fewshot --out runs/fewshot --shard 1/8            # every eighth cell, as in a SLURM array
-    python study.py fewshot --out runs/fewshot --jobs 4               # four cells side by side
-    python study.py fewshot --out runs/fewshot --data libero_goal --train="--backbone Qwen/Qwen3-VL-2B-Instruct"
+    python study.py variants --out runs/variants            # the README's table: trains and plays what is missing
+    python study.py variants --out runs/variants --dry-run  # the cells, what they cost, and their plain commands
+    python study.py variants --out runs/variants --shard 1/8           # every eighth cell, as in a SLURM array
+    python study.py variants --out runs/variants --jobs 4              # four cells side by side
+    python study.py fewshot --out runs/fewshot --train="--labels runs/labels.safetensors"           # docs/study.md
+    python study.py long --out runs/long --data libero_10 --train="--backbone Qwen/Qwen3-VL-2B-Instruct"
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
 a training seed. Its commands are those of train.py and eval.py, and it lies in a folder of its own, so any scheduler
@@ -31,12 +31,13 @@ import tyro
 from data import open_dataset
 from files import read_json, saved_step, write_json
 from index import split_episodes
-from report import Played, write_report
+from report import Comparison, Played, write_report
 from results import read_trials, shard
 from tiny import SIZES
 
 ROOT = Path(__file__).resolve().parent
-LATENT = ("la_tok", "la_align", "la_direct", "la_cond")
+IMAGE = ("la_align", "la_direct", "la_cond")  # variants that learn from labels of images
+LATENT = ("la_tok", *IMAGE)
 TRIES = 2  # of a cell that crashes, in one call
 CONTROLS = {  # what the policy is denied -> flags of eval.py
     "blind": ("--blind",),
@@ -47,6 +48,7 @@ CONTROLS = {  # what the policy is denied -> flags of eval.py
 }
 CONTROL_TRIALS = 10  # starts of each task and control
 DATA = Path("data/libero_tiny")
+OTHER_STARTS = "--seed 20"  # the demonstrations of demos.py begin from the official starts 0 to 19
 STOPPED = "stopped"  # what becomes of a cell after Ctrl-C or SIGTERM
 
 
@@ -71,7 +73,7 @@ class Config:
     train: str = ""
     """more options of train.py for all cells, in one text: --train="--num-workers 4" """
     evaluate: str = ""
-    """more options of eval.py for all cells, as one text"""
+    """options of eval.py for all cells, as one text (default: the preset's)"""
     launch: str = ""
     """what starts train.py (default: this Python; on GPUs --launch="torchrun --standalone --nproc-per-node 8")"""
     jobs: int = 1
@@ -119,8 +121,10 @@ class Preset:
     make: object  # function (config, steps) -> cells
     x: str = ""  # the part of a group on the chart's horizontal axis
     panels: str = ""  # the part of a group that gets a chart of its own
-    compare: tuple = ()  # what to compare each group with: the same but for these parts of it, a dict each
+    compare: tuple = ()  # of `Comparison`
     controls: tuple = ()  # what the runs of the first seed are denied
+    evaluate: str = ""  # options of eval.py, unless the config has some
+    notes: str = ""  # what a reader of the report must know
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,9 +149,9 @@ def fewshot_cells(config, steps):
     """Return cells with 2, 5 or all demonstrations of each instruction labelled, and the others dropped, used as video
     beside the actions (half of each batch), or as video first.
 
-    All take the same number of updates. Those with video spend half of them on it, so the actions get half as many as
-    where the others are dropped; the baseline trained half as long shows what that alone does. la_tok learns from
-    actions alone, so video teaches it nothing.
+    All take the same number of updates. Those with video spend half of their samples on it, so they train on half as
+    many with actions as where the others are dropped; the baseline trained half as long shows what that alone does.
+    la_tok learns from actions alone, so video teaches it nothing.
     """
     episodes, instructions = training_demonstrations(config, config.seeds[0])
     cells = []
@@ -156,7 +160,7 @@ def fewshot_cells(config, steps):
         number = round(episodes / instructions) if labelled == "all" else labelled
         for rest in ("dropped", "joint", "first"):
             for variant in variants_of(config, ("baseline", *LATENT)):
-                if rest != "dropped" and (labelled == "all" or variant in ("baseline", "la_tok")):
+                if rest != "dropped" and (labelled == "all" or variant not in IMAGE):
                     continue
                 options = ["--variant", variant, *chosen]
                 stages = [[*options, "--max-steps", steps]]
@@ -230,7 +234,7 @@ PRESETS = {
         6000,
         50,
         variant_cells,
-        compare=({"variant": "baseline"},),
+        compare=(Comparison({"variant": "baseline"}),),
         controls=tuple(CONTROLS),
     ),
     "fewshot": Preset(
@@ -240,10 +244,25 @@ PRESETS = {
         fewshot_cells,
         "labelled",
         "rest",
-        ({"variant": "baseline", "rest": "dropped"}, {"rest": "dropped"}),
+        (
+            Comparison({"variant": "baseline", "rest": "dropped"}),
+            Comparison({"variant": "baseline, half as long", "rest": "dropped"}, {"rest": ("joint", "first")}),
+            Comparison({"rest": "dropped"}),
+        ),
+        evaluate=OTHER_STARTS,
+        notes="Video keeps its instructions, episodes, cameras and states, and loses its actions. Cells with it train "
+        "on as many labelled samples as the baseline half as long (joint: in twice as many updates), the others on "
+        "twice as many. The codes of la_tok come from a tokenizer of all actions; statistics of all episodes normalise "
+        "actions and states; one latent model labels for all seeds.",
     ),
     "ablations": Preset(
-        "Which parts of a variant matter?", 6000, 20, ablation_cells, "", "variant", ({"change": "as is"},)
+        "Which parts of a variant matter?",
+        6000,
+        20,
+        ablation_cells,
+        panels="variant",
+        compare=(Comparison({"change": "as is"}),),
+        evaluate=OTHER_STARTS,
     ),
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",
@@ -251,12 +270,20 @@ PRESETS = {
         20,
         joint_cells,
         panels="variant",
-        compare=({"trained": "together"},),
+        compare=(Comparison({"trained": "together"}),),
+        evaluate=OTHER_STARTS,
     ),
     "long": Preset(
-        "Do latent actions help in long tasks?", 9500, 20, variant_cells, compare=({"variant": "baseline"},)
+        "Do latent actions help in long tasks?",
+        9500,
+        20,
+        variant_cells,
+        compare=(Comparison({"variant": "baseline"}),),
+        evaluate=OTHER_STARTS,
     ),
-    "smoke": Preset("Does study.py work?", 2, 1, smoke_cells, "labelled", compare=({"variant": "baseline"},)),
+    "smoke": Preset(
+        "Does study.py work?", 2, 1, smoke_cells, "labelled", compare=(Comparison({"variant": "baseline"}),)
+    ),
 }
 
 
@@ -296,7 +323,12 @@ def cell_folder(config, cell):
 
 def result_file(config, cell, control=""):
     """Return the file of a cell's trials, or of those with a control; it is named by the options of eval.py."""
-    return cell_folder(config, cell) / f"{file_name(['eval', *control.split(), *shlex.split(config.evaluate)])}.jsonl"
+    return cell_folder(config, cell) / f"{file_name(['eval', *control.split(), *playing_options(config)])}.jsonl"
+
+
+def playing_options(config):
+    """Return the options of eval.py that all cells share, as a list of words."""
+    return shlex.split(config.evaluate or PRESETS[config.preset].evaluate)
 
 
 def trials_of(config):
@@ -325,7 +357,7 @@ def playing_command(config, cell, control=""):
     """Return the command of eval.py of a cell, also with a control, as a list of words."""
     trials = CONTROL_TRIALS if control else trials_of(config)
     run = str(cell_folder(config, cell) / "run")
-    words = [sys.executable, "eval.py", run, *shlex.split(config.evaluate), "--trials", str(trials)]
+    words = [sys.executable, "eval.py", run, *playing_options(config), "--trials", str(trials)]
     return [*words, "--out", str(result_file(config, cell, control)), *CONTROLS.get(control, ())]
 
 
@@ -338,7 +370,7 @@ def commands(config, cell):
 def made_of(config, cell):
     """Return what a cell's result depends on: another value means another result."""
     data = [path.name for path in config.data]
-    settings = {"train": config.train, "evaluate": config.evaluate, "trials": trials_of(config)}
+    settings = {"train": config.train, "evaluate": shlex.join(playing_options(config)), "trials": trials_of(config)}
     return {"stages": cell.stages, "data": data} | settings
 
 
@@ -537,6 +569,12 @@ def check_config(config):
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
     if config.preset == "long" and config.data == (DATA,):
         raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
+    labels = set(shlex.split(config.train.replace("=", " "))) & {"--labels"}
+    if config.preset == "fewshot" and variants_of(config, IMAGE) and not labels:
+        raise ValueError(
+            "fewshot takes actions away, and labels of a latent model that learned from them give them back: name "
+            'labels that were made without, --train="--labels FILE"; docs/study.md says how'
+        )
     own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
     for cell in make_cells(replace(config, train="", shard="")):
         own |= {word for stage in cell.stages for word in stage if word.startswith("--")}
@@ -550,7 +588,8 @@ def check_config(config):
 def describe(config):
     """Return in a line what all cells have in common."""
     steps = config.steps or PRESETS[config.preset].steps
-    shared = [f"{name}: {value}" for name in ("train", "evaluate") if (value := getattr(config, name))]
+    options = {"train": config.train, "evaluate": shlex.join(playing_options(config))}
+    shared = [f"{name}: {value}" for name, value in options.items() if value]
     names = ", ".join(path.name for path in config.data)
     seeds = ", ".join(map(str, config.seeds))
     return "; ".join([f"{names}; {steps} updates; {trials_of(config)} starts of each task; seeds {seeds}", *shared])

@@ -239,8 +239,8 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
 def add_losses(totals, losses, sources, dataset, accumulation):
     """Add the losses of a micro-batch to `totals`, {"means": {name: tensor}, "sums": {name: [numerator, denominator]}}.
 
-    losses: of `VLA.forward`; sources: i64 [B], of several. With several sources, each one's losses are averaged over its
-    own samples, without the weight that makes up for those that have no actions.
+    losses: of `VLA.forward`; sources: i64 [B], of several. With several, each one's losses are averaged over its own
+    samples, without the weight that makes up for those that have no actions.
     """
     sums = losses.pop("sums")
     samples = losses.pop("samples")

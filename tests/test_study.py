@@ -176,6 +176,7 @@ def test_settings_that_make_cells_something_else_are_refused(tmp_path):
         (r"seeds are .0, 0.; give some, each once", {"seeds": (0, 0)}),
         ("jobs is 0", {"jobs": 0}),
         ("data is data/libero_tiny, whose tasks are short", {"preset": "long"}),
+        ("labels of a latent model that learned from them", {"preset": "fewshot", "variants": ("la_cond",)}),
     ):
         with pytest.raises(ValueError, match=expected):
             study.main(config(tmp_path, **changes))
@@ -223,6 +224,7 @@ def test_printed_study(tmp_path):
 def test_plan_says_what_is_to_do(tmp_path, capsys):
     """Updates of all trainings that are missing, shared first stages once, and the episodes."""
     settings = config(tmp_path, "fewshot", seeds=(0,), variants=("la_direct",), steps=10, dry_run=True)
+    settings.train = "--labels made/without.safetensors"
     assert study.main(settings) == 0
     # dropped: all, 5 and 2; joint: 5 and 2; first, half as long each: video once, then 5 and 2
     assert "7 of 7 cells to do: 65 updates, 140 episodes of each task" in capsys.readouterr().out
@@ -299,7 +301,7 @@ def cells(tmp_path):
         for seed in (0, 1):
             folder = tmp_path / f"{variant}-{labelled}-{seed}"
             (folder / "run").mkdir(parents=True)
-            (folder / "run" / "config.json").write_text('{"commit": "abc"}')
+            (folder / "run" / "config.json").write_text('{"commit": "abc", "targets": [{"fingerprint": "f00"}]}')
             (folder / "run" / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 250)
             (folder / "cell.json").write_text(json.dumps({"commands": [f"python train.py --out {folder}/run"]}))
             cell = report.Played({"variant": variant, "labelled": labelled}, seed, folder)
@@ -319,27 +321,56 @@ def test_report_by_hand(cells, tmp_path, capsys):
         question="Why?",
         x="labelled",
         panels="",
-        compare=({"variant": "baseline"}, {"labelled": 2}),
+        compare=(
+            report.Comparison({"variant": "baseline"}),
+            report.Comparison({"labelled": 2}),
+            report.Comparison({"variant": "la_direct"}, {"labelled": (18,)}),
+        ),
         controls=("blind", "cameras swapped"),
+        notes="Mind the gap.",
     )
     report.write_report(tmp_path, preset, cells, "somewhere; 7 updates")
     text = (tmp_path / "report.md").read_text()
     rows = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in text.splitlines() if "=" in line}
     assert list(rows) == ["baseline2", "la_direct2", "baseline18"]
     assert "8/20 = 40.0 %" in rows["baseline2"] and "18/20 = 90.0 %" in rows["baseline18"]
-    assert rows["baseline2"].endswith("|  |  |  |  |") and "minus 2 (points)" in text
-    *_, to_baseline, _, to_two, p, _ = rows["baseline18"].split("|")
+    assert rows["baseline2"].endswith("|  |  |  |  |  |  |") and "minus 2 (points)" in text
+    *_, to_baseline, _, to_two, p, _, _, _ = rows["baseline18"].split("|")
     assert to_baseline.strip() == "" and to_two.strip().startswith("+50.0 (") and p.count("(") == 1
     assert "8/10 = 80.0 % INCOMPLETE: seeds 1 are missing" in rows["la_direct2"] and "+40.0 (" in rows["la_direct2"]
     assert "one seed" in rows["la_direct2"] and "INCOMPLETE: 2 trials ended in an error" in rows["baseline2"]
     assert "**INCOMPLETE: 1 of 6 cells are missing.**" in text and "Failed: la_direct, 2, seed 1: it crashed" in text
-    assert "somewhere; 7 updates" in text
+    assert "somewhere; 7 updates" in text and "Mind the gap." in text
     assert "| baseline, 2 | missing | 1/2 |" in text and "| la_direct, 2 | missing | missing |" in text
-    assert "Trained at abc; 5 cells." in text and "python train.py --out OUT/" in text
+    assert (
+        "Trained at abc; 5 cells." in text
+        and "Labels and codes of models f00." in text
+        and "python train.py --out OUT/" in text
+    )
     assert "INCOMPLETE" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["missing"] == 1 and results["results"][0]["by_seed"] == [0.4, 0.4]
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("success.png", "curves.png"))
+
+
+def test_comparisons_of_a_level_are_a_family(tmp_path):
+    """Holm's correction counts the comparisons of a column with the same number of labels; what is not among the
+    compared groups has none."""
+    cells = []
+    for number, (variant, labelled, lost) in enumerate(
+        [("a", 2, 0), ("b", 2, 9), ("c", 2, 4), ("a", 5, 0), ("b", 5, 9)]
+    ):
+        for seed in (0, 1):
+            cell = report.Played({"variant": variant, "labelled": labelled}, seed, tmp_path)
+            cell.trials = [record(start, start >= lost + seed) for start in range(30)]
+            cells.append(cell)
+    compare = (report.Comparison({"variant": "a"}), report.Comparison({"variant": "a"}, {"variant": ("b",)}))
+    preset = SimpleNamespace(x="labelled", compare=compare)
+    found = {result["name"]: result["differences"] for result in report.analyse(report.group_cells(cells), preset)}
+    assert found["c, 2"][0]["p"] < 1 and found["c, 2"][1] is None and found["a, 2"] == [None, None]
+    assert found["b, 2"][0]["p_holm"] == pytest.approx(2 * found["b, 2"][0]["p"])
+    for difference in (found["b, 5"][0], found["b, 2"][1], found["b, 5"][1]):
+        assert difference["p_holm"] == difference["p"] < 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,7 +397,7 @@ class Pretended:
         out.mkdir(exist_ok=True)
         step = 1 if fault == "stopped half way" else words[words.index("--max-steps") + 1]  # it ends well, as at Ctrl-C
         save_tensors(out / "model.safetensors", {"x": torch.zeros(1)}, step=step)
-        (out / "config.json").write_text('{"commit": "abc"}')
+        (out / "config.json").write_text('{"commit": "abc", "targets": []}')
         return SimpleNamespace(wait=lambda: int(fault == "crash"))
 
 
