@@ -11,12 +11,11 @@ Axes: S training seeds, N starts.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from curves import read_log
-from files import read_json, write_json, write_text
+from files import write_json, write_text
 from results import markdown_table, mcnemar, paired_difference, trial_key, wilson
 
 SMOOTH = 100  # updates, over which learning curves are averaged
@@ -44,13 +43,34 @@ class Played:
     """what it belongs to, without the seed"""
     seed: int
     """of training"""
-    folder: Path
-    trials: list = field(default_factory=list)
-    """records of eval.py; none while the cell is not finished"""
+    trials: dict = field(default_factory=dict)
+    """of `outcomes`; none while the cell is not finished"""
     controls: dict = field(default_factory=dict)
-    """control -> records of eval.py"""
+    """control -> `outcomes` with it"""
+    losses: list = field(default_factory=list)
+    """of `learning_curve`"""
+    commit: str = ""
+    """of the code that trained it"""
+    fingerprints: list = field(default_factory=list)
+    """of the models behind its labels and codes"""
+    commands: list = field(default_factory=list)
+    """that made it"""
     fault: str = ""
     """what went wrong at the last try"""
+
+
+def outcomes(trials):
+    """Return {start: success} of records of eval.py; None is an error of the simulator."""
+    return {"{} task {} seed {} widen {}".format(*trial_key(trial)): trial["success"] for trial in trials}
+
+
+def learning_curve(run):
+    """Return the action loss of a run's last stage, averaged over each SMOOTH updates, a list."""
+    if not (run / "log.jsonl").exists():
+        return []
+    losses = [entry["action_loss"] for entry in read_log(run) if "action_loss" in entry]
+    whole = len(losses) // SMOOTH * SMOOTH
+    return np.array(losses[:whole], float).reshape(-1, SMOOTH).mean(1).round(6).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,22 +208,21 @@ def group_cells(cells):
     for cell in cells:
         entry = found.setdefault(group_name(cell.group), {"group": cell.group, "cells": []})
         entry["cells"].append(cell)
-    keys = sorted({trial_key(trial) for cell in cells for trial in cell.trials})
+    starts = sorted({start for cell in cells for start in cell.trials})
     for entry in found.values():
         own = entry["cells"]
-        played = [{trial_key(trial): trial["success"] for trial in cell.trials} for cell in own]
-        rows = [[np.nan if outcome.get(key) is None else float(outcome[key]) for key in keys] for outcome in played]
-        entry["outcomes"] = np.array(rows, float).reshape(len(rows), len(keys))
+        rows = [[cell.trials.get(start) for start in starts] for cell in own]
+        entry["outcomes"] = np.array(rows, float).reshape(len(rows), len(starts))  # None becomes NaN
         entry["seeds"] = [cell.seed for cell in own]
         entry["missing"] = [cell.seed for cell in own if not cell.trials]
-        entry["errors"] = sum(trial["success"] is None for cell in own for trial in cell.trials)
+        entry["errors"] = sum(success is None for cell in own for success in cell.trials.values())
         entry["controls"] = {name: tally(trials) for cell in own for name, trials in cell.controls.items()}
     return found
 
 
 def tally(trials):
-    """Return [successes, episodes] of trials, without errors of the simulator."""
-    known = [trial["success"] for trial in trials if trial["success"] is not None]
+    """Return [successes, episodes] of `outcomes`, without errors of the simulator."""
+    known = [success for success in trials.values() if success is not None]
     return [sum(known), len(known)]
 
 
@@ -319,15 +338,6 @@ def format_controls(results, controls):
     return markdown_table(["the first seed's run with", *controls], rows)
 
 
-def learning_curve(folder):
-    """Return (updates, action loss averaged over SMOOTH updates) of a cell's last stage, two arrays."""
-    if not (folder / "run" / "log.jsonl").exists():
-        return np.empty(0), np.empty(0)
-    losses = [entry["action_loss"] for entry in read_log(folder / "run") if "action_loss" in entry]
-    whole = len(losses) // SMOOTH * SMOOTH
-    return np.arange(whole // SMOOTH) * SMOOTH, np.array(losses[:whole], float).reshape(-1, SMOOTH).mean(1)
-
-
 def draw_success(results, preset, path):
     """Draw success with bands: against the preset's x, one line for each variant, or as bars; a panel for each kind."""
     from matplotlib.figure import Figure  # slow to import
@@ -387,15 +397,13 @@ def draw_curves(entries, path):
     figure = Figure(figsize=(7, 4), layout="tight")
     axis = figure.subplots()
     for number, (name, entry) in enumerate(entries.items()):
-        folders = [cell.folder for cell in entry["cells"] if cell.trials]
-        curves = [curve for curve in map(learning_curve, folders) if len(curve[0])]
+        curves = [cell.losses for cell in entry["cells"] if cell.losses]
         if not curves:
             continue
-        shortest = min(len(steps) for steps, _ in curves)
-        mean = np.mean([losses[:shortest] for _, losses in curves], 0)
-        axis.plot(
-            curves[0][0][:shortest], mean, color=f"C{number % 10}", ls=("-", "--", ":")[number // 10 % 3], label=name
-        )
+        shortest = min(map(len, curves))
+        mean = np.mean([losses[:shortest] for losses in curves], 0)
+        style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3]}
+        axis.plot(np.arange(shortest) * SMOOTH, mean, label=name, **style)
     axis.set(xlabel="updates", ylabel=f"action loss, mean of {SMOOTH} updates", yscale="log")
     axis.grid(alpha=0.3)
     if axis.lines:
@@ -427,21 +435,18 @@ def write_report(out, preset, cells, setting):
         draw_success(results, preset, out / "success.png")
         draw_curves(entries, out / "curves.png")
         lines += ["![success](success.png)", "", "![action loss](curves.png)", ""]
-    lines += provenance([cell.folder for cell in cells if cell.trials])
+    lines += provenance([cell for cell in cells if cell.trials])
     write_json(out / "results.json", {"setting": setting, "results": results, "missing": missing, "failed": faults})
     write_text(out / "report.md", "\n".join(lines) + "\n")
     print(f"report: {out / 'report.md'}")
 
 
-def provenance(folders):
-    """Return lines with the commits and labels of the finished cells in these folders, and the commands of one."""
-    configs = [read_json(path) for folder in folders if (path := folder / "run" / "config.json").exists()]
-    commits = sorted({config["commit"] for config in configs})
-    labels = sorted({target["fingerprint"] for config in configs for target in config["targets"]})
-    lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(folders)} cells."]
+def provenance(cells):
+    """Return lines with the commits and labels of finished cells, and the commands of one."""
+    commits = sorted({cell.commit for cell in cells})
+    labels = sorted({fingerprint for cell in cells for fingerprint in cell.fingerprints})
+    lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(cells)} cells."]
     lines += [f"Labels and codes of models {', '.join(labels)}."] if labels else []
-    if not folders:
+    if not cells:
         return lines
-    made = read_json(folders[0] / "cell.json")["commands"]
-    short = [text.replace(str(folders[0].parent), "OUT") for text in made]
-    return [*lines, "The commands of one cell:", "", "```text", *short, "```"]
+    return [*lines, "The commands of one cell:", "", "```text", *cells[0].commands, "```"]

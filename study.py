@@ -9,7 +9,8 @@
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
 a training seed. Its commands are those of train.py and eval.py, and it lies in a folder of its own, so any scheduler
-may run the cells in any order; the same command again does what is missing. report.py analyses what is there.
+may run the cells in any order; the same command again does what is missing. All that is known of a finished cell is in
+one small file in OUT/cells, so studies of several machines are put together by copying those. report.py analyses them.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event
 from typing import Literal
@@ -29,9 +31,9 @@ from typing import Literal
 import tyro
 
 from data import open_dataset
-from files import read_json, saved_step, write_json
+from files import make_folder, read_json, saved_step, write_json
 from index import split_episodes
-from report import Comparison, Played, write_report
+from report import Comparison, Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
 from tiny import SIZES
 
@@ -70,6 +72,8 @@ class Config:
     """starts of each task (default: the preset's)"""
     variants: tuple[str, ...] = ()
     """only these variants"""
+    cells: tuple[str, ...] = ()
+    """run only cells whose names match one of these, as "la_*-joint-5-*"; the report has all"""
     train: str = ""
     """more options of train.py for all cells, in one text: --train="--num-workers 4" """
     evaluate: str = ""
@@ -288,7 +292,10 @@ PRESETS = {
 
 
 def make_cells(config):
-    """Return the cells of the config's shard, in the order in which they run: all groups of a seed, then the next."""
+    """Return the cells that the config asks for, in the order in which they run: all groups of a seed, then the next.
+
+    Raise ValueError when its `cells` match none.
+    """
     preset = PRESETS[config.preset]
     cells = [
         Cell(
@@ -300,6 +307,10 @@ def make_cells(config):
         for seed in config.seeds
         for group, stages in preset.make(config, config.steps or preset.steps)
     ]
+    if config.cells:
+        cells = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in config.cells)]
+        if not cells:
+            raise ValueError(f"cells is {', '.join(config.cells)}, which matches no name that --dry-run prints")
     return [cell for chain in shard(chains(cells), config.shard) for cell in chain]
 
 
@@ -319,6 +330,11 @@ def chains(cells):
 def cell_folder(config, cell):
     """Return the folder of a cell."""
     return config.out / cell.name
+
+
+def cell_file(config, cell):
+    """Return the file of all that is known of a cell once it has been played."""
+    return config.out / "cells" / f"{cell.name}.json"
 
 
 def result_file(config, cell, control=""):
@@ -374,20 +390,42 @@ def made_of(config, cell):
     return {"stages": cell.stages, "data": data} | settings
 
 
-def finished(config, cell):
-    """Return whether a cell has been trained and played as the config says; its controls may be missing."""
-    path = cell_folder(config, cell) / "cell.json"
-    return path.exists() and read_json(path).get("made") == made_of(config, cell)
+def read_cell(config, cell):
+    """Return the content of a cell's file; {} unless the cell has been trained and played as the config says."""
+    path = cell_file(config, cell)
+    content = read_json(path) if path.exists() else {}
+    return content if content.get("made") == made_of(config, cell) else {}
 
 
-def control_played(config, cell, control):
-    """Return whether a finished cell has been played with a control: eval.py writes a summary at the end."""
-    return result_file(config, cell, control).with_suffix(".json").exists()
+def missing_controls(cell, content):
+    """Return the controls that a cell's file lacks."""
+    return [control for control in cell.controls if control not in content["played"]["controls"]]
 
 
 def is_done(config, cell):
     """Return whether nothing is left to do for a cell."""
-    return finished(config, cell) and all(control_played(config, cell, control) for control in cell.controls)
+    content = read_cell(config, cell)
+    return bool(content) and not missing_controls(cell, content)
+
+
+def describe_cell(config, cell):
+    """Return the content of the file of a cell that has just been trained and played."""
+    run = cell_folder(config, cell) / "run"
+    setting = read_json(run / "config.json")
+    places = {str(config.out): "OUT", f"{ROOT}/": "", sys.executable: "python"}
+    made = [shlex.join(words) for words in commands(config, cell)]
+    for place, name in places.items():
+        made = [text.replace(place, name) for text in made]
+    trials = [trial for trial in read_trials(result_file(config, cell)) if trial["trial"] < trials_of(config)]
+    played = {
+        "trials": outcomes(trials),
+        "controls": {},
+        "losses": learning_curve(run),
+        "commit": setting["commit"],
+        "fingerprints": [target["fingerprint"] for target in setting["targets"]],
+        "commands": made,
+    }
+    return {"group": cell.group, "seed": cell.seed, "made": made_of(config, cell), "played": played}
 
 
 def trained_whole(words):
@@ -444,9 +482,9 @@ class Runner:
         """Train and play a cell, going on where it was interrupted; return "" or what went wrong."""
         config, folder = self.config, cell_folder(self.config, cell)
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.time()
         with open(folder / "output.txt", "a") as output:
-            if not finished(config, cell):
+            content = read_cell(config, cell)
+            if not content:
                 for words in (*training_commands(config, cell), playing_command(config, cell)):
                     status = self.run_command(words, output, lock)
                     if self.stopping.is_set():
@@ -454,16 +492,17 @@ class Runner:
                     if status or ("--max-steps" in words and not trained_whole(words)):
                         name = "train.py" if "--max-steps" in words else "eval.py"
                         return f"{name} ended with status {status}, unfinished; see {folder / 'output.txt'}"
-                record = {"group": cell.group, "seed": cell.seed, "made": made_of(config, cell)}
-                record |= {"commands": [shlex.join(words) for words in commands(config, cell)]}
-                write_json(folder / "cell.json", record | {"seconds": time.time() - started})
-            for control in cell.controls:
-                if not control_played(config, cell, control):
-                    status = self.run_command(playing_command(config, cell, control), output, lock)
-                    if self.stopping.is_set():
-                        return STOPPED
-                    if status:
-                        return f"eval.py with {control} ended with status {status}; see {folder / 'output.txt'}"
+                content = describe_cell(config, cell)
+                make_folder(cell_file(config, cell).parent, "--out")
+                write_json(cell_file(config, cell), content)
+            for control in missing_controls(cell, content):
+                status = self.run_command(playing_command(config, cell, control), output, lock)
+                if self.stopping.is_set():
+                    return STOPPED
+                if status:
+                    return f"eval.py with {control} ended with status {status}; see {folder / 'output.txt'}"
+                content["played"]["controls"][control] = outcomes(read_trials(result_file(config, cell, control)))
+                write_json(cell_file(config, cell), content)
         return ""
 
     def run_chain(self, chain):
@@ -526,16 +565,9 @@ def run_cells(config, cells):
 
 def read_played(config, cell):
     """Return what a cell has, a `report.Played`: without trials where it is not finished."""
-    folder = cell_folder(config, cell)
-    played = Played(cell.group, cell.seed, folder)
-    if finished(config, cell):
-        found = read_trials(result_file(config, cell))
-        played.trials = [trial for trial in found if trial["trial"] < trials_of(config)]
-        for control in cell.controls:
-            if control_played(config, cell, control):
-                played.controls[control] = read_trials(result_file(config, cell, control))
-    if (folder / "fault.json").exists():
-        played.fault = read_json(folder / "fault.json")["fault"]
+    fault = cell_folder(config, cell) / "fault.json"
+    played = Played(cell.group, cell.seed, **read_cell(config, cell).get("played", {}))
+    played.fault = read_json(fault)["fault"] if fault.exists() else ""
     return played
 
 
@@ -576,7 +608,7 @@ def check_config(config):
             'labels that were made without, --train="--labels FILE"; docs/study.md says how'
         )
     own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
-    for cell in make_cells(replace(config, train="", shard="")):
+    for cell in make_cells(replace(config, train="", shard="", cells=())):
         own |= {word for stage in cell.stages for word in stage if word.startswith("--")}
     playing = {"--trials", "--out", "--shard", *(flags[0] for flags in CONTROLS.values())}
     for name, taken in (("train", own), ("evaluate", playing)):
@@ -605,7 +637,7 @@ def main(config):
         print_plan(config, cells)
         return 0
     failed = {} if config.report_only else run_cells(config, cells)
-    everything = make_cells(replace(config, shard=""))
+    everything = make_cells(replace(config, shard="", cells=()))
     config.out.mkdir(parents=True, exist_ok=True)
     with open(config.out / "report.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # shards may end at the same moment

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,14 +183,14 @@ def test_settings_that_make_cells_something_else_are_refused(tmp_path):
             study.main(config(tmp_path, **changes))
     settings = config(tmp_path, seeds=(0,))
     cell = study.make_cells(settings)[0]
-    study.cell_folder(settings, cell).mkdir()
+    study.cell_file(settings, cell).parent.mkdir()
     made = json.dumps({"made": study.made_of(settings, cell)})
-    (study.cell_folder(settings, cell) / "cell.json").write_text(made)
+    study.cell_file(settings, cell).write_text(made)
     for same in ({}, {"launch": "torchrun"}, {"out": tmp_path / ".." / tmp_path.name}, {"jobs": 2}):
-        assert study.finished(replace(settings, **same), cell)
+        assert study.read_cell(replace(settings, **same), cell)
     for other in ({"train": "--centre"}, {"evaluate": "--widen 0"}, {"trials": 7}, {"data": (tmp_path / "x",)}):
-        assert not study.finished(replace(settings, **other), cell)
-    assert not study.finished(settings, study.make_cells(replace(settings, steps=9))[0])
+        assert not study.read_cell(replace(settings, **other), cell)
+    assert not study.read_cell(settings, study.make_cells(replace(settings, steps=9))[0])
 
 
 def test_video_first_is_two_commands(tmp_path):
@@ -299,18 +300,16 @@ def cells(tmp_path):
     made = []
     for variant, labelled, rate in (("baseline", 2, 0.4), ("baseline", 18, 0.9), ("la_direct", 2, 0.8)):
         for seed in (0, 1):
-            folder = tmp_path / f"{variant}-{labelled}-{seed}"
-            (folder / "run").mkdir(parents=True)
-            (folder / "run" / "config.json").write_text('{"commit": "abc", "targets": [{"fingerprint": "f00"}]}')
-            (folder / "run" / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 250)
-            (folder / "cell.json").write_text(json.dumps({"commands": [f"python train.py --out {folder}/run"]}))
-            cell = report.Played({"variant": variant, "labelled": labelled}, seed, folder)
+            cell = report.Played({"variant": variant, "labelled": labelled}, seed)
             if (variant, seed) == ("la_direct", 1):
                 cell.fault = "it crashed"
             else:
-                cell.trials = [record(start, start < 10 * rate) for start in range(10)] + [record(10, None)]
+                played = [record(start, start < 10 * rate) for start in range(10)] + [record(10, None)]
+                cell.trials, cell.losses, cell.commit = report.outcomes(played), [0.5, 0.4], "abc"
+                cell.fingerprints, cell.commands = ["f00"], ["python train.py --out OUT/a/run"]
             if (variant, labelled, seed) == ("baseline", 2, 0):
-                cell.controls["cameras swapped"] = [record(0, True), record(1, False), record(2, None)]
+                denied = [record(0, True), record(1, False), record(2, None)]
+                cell.controls["cameras swapped"] = report.outcomes(denied)
             made.append(cell)
     return made
 
@@ -361,8 +360,8 @@ def test_comparisons_of_a_level_are_a_family(tmp_path):
         [("a", 2, 0), ("b", 2, 9), ("c", 2, 4), ("a", 5, 0), ("b", 5, 9)]
     ):
         for seed in (0, 1):
-            cell = report.Played({"variant": variant, "labelled": labelled}, seed, tmp_path)
-            cell.trials = [record(start, start >= lost + seed) for start in range(30)]
+            cell = report.Played({"variant": variant, "labelled": labelled}, seed)
+            cell.trials = report.outcomes(record(start, start >= lost + seed) for start in range(30))
             cells.append(cell)
     compare = (report.Comparison({"variant": "a"}), report.Comparison({"variant": "a"}, {"variant": ("b",)}))
     preset = SimpleNamespace(x="labelled", compare=compare)
@@ -397,7 +396,8 @@ class Pretended:
         out.mkdir(exist_ok=True)
         step = 1 if fault == "stopped half way" else words[words.index("--max-steps") + 1]  # it ends well, as at Ctrl-C
         save_tensors(out / "model.safetensors", {"x": torch.zeros(1)}, step=step)
-        (out / "config.json").write_text('{"commit": "abc", "targets": []}')
+        (out / "config.json").write_text('{"commit": "abc", "targets": [{"fingerprint": "f00"}]}')
+        (out / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 150 + '{"action_loss": 0.3}\n' * 150)
         return SimpleNamespace(wait=lambda: int(fault == "crash"))
 
 
@@ -419,6 +419,36 @@ def test_interrupted_study_goes_on_and_gives_the_same_report(tmp_path, monkeypat
     assert study.main(replace(settings, out=tmp_path / "whole")) == 0
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("study", "whole"))
     assert one == other and one["results"][0]["episodes"] == 1  # of the three that were written
+
+
+def test_finished_cells_travel(tmp_path, monkeypatch):
+    """The files in `cells` are all that another machine needs for the same report: nothing is trained or played again,
+    controls included, and what it says of commits, labels, losses and commands has no path of this machine."""
+    monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
+    settings = config(tmp_path / "here", "variants", seeds=(0,), variants=("baseline", "la_tok"), trials=2)
+    assert study.main(settings) == 0
+    shutil.copytree(tmp_path / "here" / "cells", tmp_path / "there" / "cells")
+    assert study.main(replace(settings, out=tmp_path / "there")) == 0 and len(pretended.trained) == 2
+    for name in ("report.md", "results.json"):
+        text = (tmp_path / "here" / name).read_text()
+        assert (tmp_path / "there" / name).read_text() == text and str(tmp_path) not in text
+    train_command = "python train.py --variant baseline --max-steps 6000 --seed 0 --data data/libero_tiny --out OUT/"
+    assert train_command in (tmp_path / "there" / "report.md").read_text()
+    (cell, _) = sorted((tmp_path / "there" / "cells").iterdir())
+    played = json.loads(cell.read_text())["played"]
+    assert played["losses"] == [0.5, 0.4, 0.3] and played["commit"] == "abc" and played["fingerprints"] == ["f00"]
+    assert sorted(played["controls"]) == sorted(study.CONTROLS) and len(played["trials"]) == 2
+    assert str(tmp_path) not in cell.read_text() and sys.executable not in cell.read_text()
+
+
+def test_only_some_cells_run(tmp_path, monkeypatch):
+    """Those whose names match; the report has all. Patterns that match nothing are refused."""
+    monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
+    settings = config(tmp_path, "ablations", seeds=(0, 1), cells=("*-as_is-seed1", "la_tok-continuous-*"))
+    assert study.main(settings) == 0 and len(pretended.trained) == 7
+    assert "INCOMPLETE: 21 of 28 cells are missing" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="cells is la_typo, which matches no name"):
+        study.main(replace(settings, cells=("la_typo",)))
 
 
 def test_stopped_study_stops_what_it_started(tmp_path):
@@ -449,7 +479,7 @@ def test_stopped_study_stops_what_it_started(tmp_path):
     _, told = running.communicate(timeout=30)
     assert running.returncode == 1 and (tmp_path / "saved").exists()
     assert told == "Stopped; the same command goes on.\n"
-    assert not list((tmp_path / "study").rglob("cell.json")) and not list((tmp_path / "study").rglob("fault.json"))
+    assert not (tmp_path / "study" / "cells").exists() and not list((tmp_path / "study").rglob("fault.json"))
     running = start()
     running.kill()
     running.wait()
