@@ -23,7 +23,9 @@ import report
 import study
 import train
 from common import Ranks
-from files import save_tensors
+from files import locate_tensors, save_tensors
+
+SHIPPED = study.DATA / "labels.safetensors"
 
 
 def config(out, preset="smoke", **changes):
@@ -212,14 +214,17 @@ def test_video_first_is_two_commands(tmp_path):
 
 
 def test_printed_study(tmp_path):
-    """The command of docs/study.md gives its labels to all cells, and they are refused in no variant."""
+    """The command of docs/study.md gives its labels to all cells, and they are refused in no variant. They are of the
+    embedded data, by another model than the labels that were learned with actions."""
     settings = tyro.cli(study.Config, args=printed("python study.py fewshot --out runs/fewshot --jobs 2")[2:])
     study.check_config(settings)
     for cell in study.make_cells(settings):
         for words in study.training_commands(settings, cell):
             trained = tyro.cli(train.Config, args=words[2:])
             prepare.check_config(trained, 1)
-            assert trained.labels == (study.Path("runs/labels.safetensors"),)
+            assert trained.labels == (study.DATA / "labels_without_actions.safetensors",)
+    (_, without), (_, usual) = (locate_tensors(study.ROOT / path) for path in (*trained.labels, SHIPPED))
+    assert without["data"] == usual["data"] and without["lam"] != usual["lam"]
 
 
 def test_plan_says_what_is_to_do(tmp_path, capsys):
