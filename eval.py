@@ -59,7 +59,7 @@ from rollout import TRIALS, Episode, contact_sheets
 
 SIMULATORS = {"libero": "sim"}  # --simulator -> module; the interface is in rollout.py
 CONTROLS = ("blind", "black_camera", "swap_cameras", "mute", "swap_instruction")
-EXECUTION = ("execute", "average_chunks")
+EXECUTION = ("execute", "average_chunks", "max_steps")
 
 
 @dataclass
@@ -95,6 +95,8 @@ class Config:
     """actions of each chunk that are executed before the policy is asked again (default: all)"""
     average_chunks: bool = False
     """with a small --execute: execute the mean of the chunks that overlap, as ACT's temporal ensemble"""
+    max_steps: int = 0
+    """steps after which an episode has failed (default: the suite's)"""
     envs: int = 0
     """simulator processes (default: one per CPU core, at most 16)"""
     policy_batch: int = 8
@@ -141,6 +143,8 @@ def plan_trials(config, policy):
     playable = simulator.suites()
     suites = choose_suites(config, entry, playable)
     check_seeds(config, entry)
+    if config.max_steps < 0:
+        raise ValueError(f"max_steps is {config.max_steps}; it must be at least 1, or 0 for the suite's")
     episodes = []
     for suite in suites:
         texts = simulator.instructions(suite)
@@ -151,7 +155,7 @@ def plan_trials(config, policy):
         shared = {
             "simulator": simulator.__name__,
             "suite": suite,
-            "max_steps": simulator.step_limit(suite),
+            "max_steps": config.max_steps or simulator.step_limit(suite),
             "widen": widen,
             "cameras": {name: stored["size"] for name, stored in entry["cameras"].items()},
             "chunk": policy.chunk,

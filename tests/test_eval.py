@@ -158,6 +158,7 @@ def test_tasks_and_starts_default_to_those_of_the_data():
     assert len(plan(ENTRY, trials=evaluation.Config().trials)) == 100
     for suite, limit in (("libero_spatial", 220), ("libero_10", 520), ("libero_10_swap", 520), ("libero_90", 400)):
         assert {e.max_steps for e in plan(ENTRY, suite=(suite,))} == {limit}
+    assert {e.max_steps for e in plan(ENTRY, max_steps=150)} == {150}
 
 
 def test_what_cannot_be_played_is_refused():
@@ -502,7 +503,7 @@ def test_success_in_a_new_simulator_is_its_own_check(toy, cameras):
 
 def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatch):
     """With --execute 3 the policy gets an observation at every third step, by default at every eighth. It stands in the
-    name of the result file and in each trial."""
+    name of the result file and in each trial, and so does --max-steps."""
     config = evaluation.Config(run=str(run.folder), simulator="toy", suite=("line",), task_ids=(0,), trials=2, envs=1)
     asked = []
 
@@ -516,6 +517,7 @@ def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatc
         ({}, "eval-toy.jsonl", 8),
         ({"execute": 3}, "eval-toy-execute-3.jsonl", 3),
         ({"execute": 3, "average_chunks": True}, "eval-toy-execute-3-average-chunks.jsonl", 3),
+        ({"max_steps": 16}, "eval-toy-max-steps-16.jsonl", 8),
     ):
         asked.clear()
         evaluation.main(replace(config, **flags))
@@ -527,6 +529,7 @@ def test_fewer_actions_of_a_chunk_ask_the_policy_more_often(toy, run, monkeypatc
     for flags, message in (
         ({"execute": 9}, "execute is 9; the policy predicts 8 actions at once, so it may be 1 to 8"),
         ({"execute": -1}, "execute is -1"),
+        ({"max_steps": -1}, "max_steps is -1; it must be at least 1"),
         ({"average_chunks": True}, "do not overlap: lower execute"),
         ({"average_chunks": True, "execute": 8}, "do not overlap: lower execute"),
     ):
