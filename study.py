@@ -489,8 +489,8 @@ class Runner:
                     status = self.run_command(words, output, lock)
                     if self.stopping.is_set():
                         return STOPPED
-                    if status or ("--max-steps" in words and not trained_whole(words)):
-                        name = "train.py" if "--max-steps" in words else "eval.py"
+                    if status or ("train.py" in words and not trained_whole(words)):
+                        name = "train.py" if "train.py" in words else "eval.py"
                         return f"{name} ended with status {status}, unfinished; see {folder / 'output.txt'}"
                 content = describe_cell(config, cell)
                 make_folder(cell_file(config, cell).parent, "--out")
@@ -581,7 +581,7 @@ def print_plan(config, cells):
         print(f"{cell.name}:{' (there)' if there else ''}")
         for words in commands(config, cell):
             print(f"    {shlex.join(words)}")
-            if "--max-steps" in words and not there:
+            if "train.py" in words and not there:
                 updates[shlex.join(words)] = int(words[words.index("--max-steps") + 1])
             elif not there:
                 trials += int(words[words.index("--trials") + 1])

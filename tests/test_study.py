@@ -230,6 +230,7 @@ def test_printed_study(tmp_path):
 def test_plan_says_what_is_to_do(tmp_path, capsys):
     """Updates of all trainings that are missing, shared first stages once, and the episodes."""
     settings = config(tmp_path, "fewshot", seeds=(0,), variants=("la_direct",), steps=10, dry_run=True)
+    settings.evaluate = "--max-steps 150"  # of eval.py
     settings.train = "--labels made/without.safetensors"
     assert study.main(settings) == 0
     # dropped: all, 5 and 2; joint: 5 and 2; first, half as long each: video once, then 5 and 2
@@ -410,7 +411,7 @@ def test_interrupted_study_goes_on_and_gives_the_same_report(tmp_path, monkeypat
     """Two cells: one training crashes, then ends well but half way, as after Ctrl-C: both are told and tried again, and
     such a run is never played. The next call does only what is missing; its results are those of an undisturbed study,
     in which trials that nobody asked for do not count."""
-    settings = config(tmp_path / "study", seeds=(0,))
+    settings = config(tmp_path / "study", seeds=(0,), evaluate="--max-steps 9")
     pretended = Pretended(["", "crash", "stopped half way"])
     monkeypatch.setattr(study.subprocess, "Popen", pretended)
     assert study.main(settings) == 1
