@@ -32,6 +32,7 @@ CONTROLS = {  # an option of eval.py that changes what is evaluated -> what it m
     "swap_instruction": "the instruction of another task",
     "execute": "{} actions of each chunk are executed",
     "average_chunks": "chunks that overlap are averaged",
+    "max_steps": "an episode fails after {} steps",
 }
 
 
@@ -322,8 +323,8 @@ def format_results(plain, summaries):
         for suite in summary["suites"]
     ]
     if rows:
-        blocks.append("Controls, and other ways to execute the actions:")
-        blocks.append(markdown_table(["what the policy gets", "", "success", "", "95 % interval"], rows))
+        blocks.append("Controls, and other ways to play:")
+        blocks.append(markdown_table(["what differs", "", "success", "", "95 % interval"], rows))
     return blocks
 
 

@@ -143,8 +143,6 @@ def plan_trials(config, policy):
     playable = simulator.suites()
     suites = choose_suites(config, entry, playable)
     check_seeds(config, entry)
-    if config.max_steps < 0:
-        raise ValueError(f"max_steps is {config.max_steps}; it must be at least 1, or 0 for the suite's")
     episodes = []
     for suite in suites:
         texts = simulator.instructions(suite)
@@ -498,7 +496,15 @@ def replay(config):
 
 def check(config):
     """Raise ValueError for values that cannot work and for options that would be ignored."""
-    for name, low in (("trials", 1), ("policy_batch", 1), ("envs", 0), ("seed", 0), ("widen", 0), ("watchdog", 1)):
+    for name, low in (
+        ("trials", 1),
+        ("policy_batch", 1),
+        ("envs", 0),
+        ("seed", 0),
+        ("widen", 0),
+        ("max_steps", 0),
+        ("watchdog", 1),
+    ):
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"{name} is {value}; it must be at least {low}")

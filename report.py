@@ -10,6 +10,7 @@ no p smaller, than what ignores the seeds: Wilson's interval, Agresti and Min's 
 Axes: S training seeds, N starts.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,8 +52,12 @@ class Played:
     """of `learning_curve`"""
     commit: str = ""
     """of the code that trained it"""
-    fingerprints: list = field(default_factory=list)
-    """of the models behind its labels and codes"""
+    data: list = field(default_factory=list)
+    """fingerprints of what it was trained on"""
+    labels: list = field(default_factory=list)
+    """fingerprints of the models behind its labels and codes"""
+    versions: dict = field(default_factory=dict)
+    """of what decides the outcome of an episode"""
     commands: list = field(default_factory=list)
     """that made it"""
     fault: str = ""
@@ -416,6 +421,7 @@ def write_report(out, preset, cells, setting):
 
     preset: a `study.Preset`; cells: list of `Played`, of all shards; setting: a line on what all cells have in common.
     """
+    check_data(cells)
     entries = group_cells(cells)
     results = sorted(analyse(entries, preset), key=lambda result: result["group"].get(preset.x, 0))
     parts = list(dict.fromkeys(part for result in results for part in result["group"]))
@@ -442,11 +448,21 @@ def write_report(out, preset, cells, setting):
 
 
 def provenance(cells):
-    """Return lines with the commits and labels of finished cells, and the commands of one."""
+    """Return lines with the commits, labels and versions of finished cells, and the commands of one."""
     commits = sorted({cell.commit for cell in cells})
-    labels = sorted({fingerprint for cell in cells for fingerprint in cell.fingerprints})
+    labels = sorted({fingerprint for cell in cells for fingerprint in cell.labels})
+    played = Counter(", ".join(f"{name} {version}" for name, version in cell.versions.items()) for cell in cells)
     lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(cells)} cells."]
     lines += [f"Labels and codes of models {', '.join(labels)}."] if labels else []
+    lines += [f"Played with {versions}: {number} cells." for versions, number in played.items()]
     if not cells:
         return lines
     return [*lines, "The commands of one cell:", "", "```text", *cells[0].commands, "```"]
+
+
+def check_data(cells):
+    """Raise ValueError when finished cells were trained on different data sets of the same names."""
+    found = {str(cell.data): f"{group_name(cell.group)}, seed {cell.seed}" for cell in cells if cell.trials}
+    if len(found) > 1:
+        texts = "; ".join(f"{name}: {data}" for data, name in found.items())
+        raise ValueError(f"cells were trained on different data: {texts}. Keep those of one in a folder of their own")

@@ -4,7 +4,7 @@
     python study.py variants --out runs/variants --dry-run  # the cells, what they cost, and their plain commands
     python study.py variants --out runs/variants --shard 1/8           # every eighth cell, as in a SLURM array
     python study.py variants --out runs/variants --jobs 4              # four cells side by side
-    python study.py fewshot --out runs/fewshot --train="--labels LABELS"                               # docs/study.md
+    python study.py fewshot --out runs/fewshot --train="--labels data/libero_tiny/labels_without_actions.safetensors"
     python study.py long --out runs/long --data libero_10 --train="--backbone Qwen/Qwen3-VL-2B-Instruct"
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
@@ -294,7 +294,7 @@ PRESETS = {
 def make_cells(config):
     """Return the cells that the config asks for, in the order in which they run: all groups of a seed, then the next.
 
-    Raise ValueError when its `cells` match none.
+    Raise ValueError for one of its `cells` that matches none.
     """
     preset = PRESETS[config.preset]
     cells = [
@@ -308,9 +308,10 @@ def make_cells(config):
         for group, stages in preset.make(config, config.steps or preset.steps)
     ]
     if config.cells:
+        for pattern in config.cells:
+            if not any(fnmatch(cell.name, pattern) for cell in cells):
+                raise ValueError(f"cells has {pattern}, which matches no name that --dry-run prints")
         cells = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in config.cells)]
-        if not cells:
-            raise ValueError(f"cells is {', '.join(config.cells)}, which matches no name that --dry-run prints")
     return [cell for chain in shard(chains(cells), config.shard) for cell in chain]
 
 
@@ -412,20 +413,28 @@ def describe_cell(config, cell):
     """Return the content of the file of a cell that has just been trained and played."""
     run = cell_folder(config, cell) / "run"
     setting = read_json(run / "config.json")
-    places = {str(config.out): "OUT", f"{ROOT}/": "", sys.executable: "python"}
-    made = [shlex.join(words) for words in commands(config, cell)]
-    for place, name in places.items():
-        made = [text.replace(place, name) for text in made]
     trials = [trial for trial in read_trials(result_file(config, cell)) if trial["trial"] < trials_of(config)]
     played = {
         "trials": outcomes(trials),
         "controls": {},
         "losses": learning_curve(run),
         "commit": setting["commit"],
-        "fingerprints": [target["fingerprint"] for target in setting["targets"]],
-        "commands": made,
+        "data": [entry["fingerprint"] for entry in setting["data"]],
+        "labels": [target["fingerprint"] for target in setting["targets"]],
+        "versions": trials[0]["versions"],
+        "commands": [shlex.join(portable(config, word) for word in words) for words in commands(config, cell)],
     }
     return {"group": cell.group, "seed": cell.seed, "made": made_of(config, cell), "played": played}
+
+
+def portable(config, word):
+    """Return a word of a command without the places of this machine."""
+    if word == sys.executable:
+        return "python"
+    for folder, name in ((config.out, "OUT"), (ROOT, "")):
+        if Path(word).is_relative_to(folder):
+            return str(name / Path(word).relative_to(folder))
+    return word
 
 
 def trained_whole(words):
@@ -484,6 +493,9 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as output:
             content = read_cell(config, cell)
+            if content and not (folder / "run").exists():
+                lacking = ", ".join(missing_controls(cell, content))
+                return f"{cell_file(config, cell)} lacks {lacking}, and its run is not here; delete it to make it anew"
             if not content:
                 for words in (*training_commands(config, cell), playing_command(config, cell)):
                     status = self.run_command(words, output, lock)
@@ -540,6 +552,13 @@ def run_cells(config, cells):
     """
     todo = [cell for cell in cells if not is_done(config, cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
+    for cell in todo:
+        if cell_file(config, cell).exists() and not read_cell(config, cell):
+            was, now = read_json(cell_file(config, cell)).get("made", {}), made_of(config, cell)
+            changed = "; ".join(
+                f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]
+            )
+            print(f"{cell.name} is made anew: {changed}")
     runner = Runner(config, len(todo))
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number :: config.jobs] or cores for number in range(config.jobs)]
@@ -567,7 +586,9 @@ def read_played(config, cell):
     """Return what a cell has, a `report.Played`: without trials where it is not finished."""
     fault = cell_folder(config, cell) / "fault.json"
     played = Played(cell.group, cell.seed, **read_cell(config, cell).get("played", {}))
-    played.fault = read_json(fault)["fault"] if fault.exists() else ""
+    played.controls = {control: played.controls[control] for control in cell.controls if control in played.controls}
+    if fault.exists() and not is_done(config, cell):
+        played.fault = read_json(fault)["fault"]
     return played
 
 

@@ -63,7 +63,9 @@ def made(out):
     for path in out.glob("*/eval*.jsonl"):
         trials = [json.loads(line) for line in path.read_text().splitlines()]
         found[path.relative_to(out)] = sorted((t["task"], t["seed"], t["success"], t["steps"]) for t in trials)
-    return found | {"results": json.loads((out / "results.json").read_text())}
+    for path in [out / "results.json", *out.glob("cells/*.json")]:
+        found[path.relative_to(out)] = json.loads(path.read_text())
+    return found
 
 
 def main(config):
@@ -82,8 +84,9 @@ def main(config):
             print(
                 f"kill {number + 1}: {'too late' if study.poll() == 0 else 'with ' + (', '.join(there) or 'nothing')}"
             )
-            kill_tree(study.pid)
-            study.wait()
+            if study.poll() is None:
+                kill_tree(study.pid)
+                study.wait()
         status = start(disturbed).wait()
         print(f"disturbed, then gone on with: status {status}", flush=True)
         whole, other = made(undisturbed), made(disturbed)

@@ -312,7 +312,8 @@ def cells(tmp_path):
             else:
                 played = [record(start, start < 10 * rate) for start in range(10)] + [record(10, None)]
                 cell.trials, cell.losses, cell.commit = report.outcomes(played), [0.5, 0.4], "abc"
-                cell.fingerprints, cell.commands = ["f00"], ["python train.py --out OUT/a/run"]
+                cell.labels, cell.commands = ["f00"], ["python train.py --out OUT/a/run"]
+                cell.versions = {"mujoco": f"3.3.{seed}"}
             if (variant, labelled, seed) == ("baseline", 2, 0):
                 denied = [record(0, True), record(1, False), record(2, None)]
                 cell.controls["cameras swapped"] = report.outcomes(denied)
@@ -349,6 +350,8 @@ def test_report_by_hand(cells, tmp_path, capsys):
     assert "| baseline, 2 | missing | 1/2 |" in text and "| la_direct, 2 | missing | missing |" in text
     assert (
         "Trained at abc; 5 cells." in text
+        and "Played with mujoco 3.3.0: 3 cells." in text
+        and "Played with mujoco 3.3.1: 2 cells." in text
         and "Labels and codes of models f00." in text
         and "python train.py --out OUT/" in text
     )
@@ -391,6 +394,7 @@ class Pretended:
     def __init__(self, faults=()):
         self.faults = list(faults)
         self.trained = []
+        self.data = "d00"
 
     def __call__(self, words, **options):
         out = study.Path(words[words.index("--out") + 1])
@@ -402,7 +406,8 @@ class Pretended:
         out.mkdir(exist_ok=True)
         step = 1 if fault == "stopped half way" else words[words.index("--max-steps") + 1]  # it ends well, as at Ctrl-C
         save_tensors(out / "model.safetensors", {"x": torch.zeros(1)}, step=step)
-        (out / "config.json").write_text('{"commit": "abc", "targets": [{"fingerprint": "f00"}]}')
+        config = {"commit": "abc", "targets": [{"fingerprint": "f00"}], "data": [{"fingerprint": self.data}]}
+        (out / "config.json").write_text(json.dumps(config))
         (out / "log.jsonl").write_text('{"action_loss": 0.5}\n' * 150 + '{"action_loss": 0.3}\n' * 150)
         return SimpleNamespace(wait=lambda: int(fault == "crash"))
 
@@ -442,9 +447,39 @@ def test_finished_cells_travel(tmp_path, monkeypatch):
     assert train_command in (tmp_path / "there" / "report.md").read_text()
     (cell, _) = sorted((tmp_path / "there" / "cells").iterdir())
     played = json.loads(cell.read_text())["played"]
-    assert played["losses"] == [0.5, 0.4, 0.3] and played["commit"] == "abc" and played["fingerprints"] == ["f00"]
+    assert played["losses"] == [0.5, 0.4, 0.3] and played["commit"] == "abc" and played["labels"] == ["f00"]
     assert sorted(played["controls"]) == sorted(study.CONTROLS) and len(played["trials"]) == 2
     assert str(tmp_path) not in cell.read_text() and sys.executable not in cell.read_text()
+
+
+def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
+    """The report has the controls of the first seed alone, whoever played others; a cell that was copied before its
+    controls were played says so; other data of the same name is refused; a file of other settings is told of before it
+    is made anew; what once went wrong with a cell that is there now is not reported."""
+    monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
+    first, second = (config(tmp_path / str(seed), "variants", seeds=(seed,), variants=("baseline",)) for seed in (0, 1))
+    assert study.main(first) == study.main(second) == 0
+    both = replace(first, seeds=(0, 1))
+    shutil.copytree(tmp_path / "1" / "cells", tmp_path / "0" / "cells", dirs_exist_ok=True)
+    (tmp_path / "0" / "baseline-seed1").mkdir()
+    (tmp_path / "0" / "baseline-seed1" / "fault.json").write_text('{"fault": "it crashed"}')
+    for path in tmp_path.glob("1/cells/*"):
+        content = json.loads(path.read_text())
+        content["played"]["controls"]["blind"] = dict.fromkeys(content["played"]["controls"]["blind"], False)
+        (tmp_path / "0" / "cells" / path.name).write_text(json.dumps(content))
+    assert study.main(both) == 0 and len(pretended.trained) == 2
+    text = (tmp_path / "0" / "report.md").read_text()
+    assert "| baseline | 3/3 |" in text and "crashed" not in text
+    copied = tmp_path / "0" / "cells" / path.name
+    copied.write_text(json.dumps(content | {"played": content["played"] | {"controls": {}}}))
+    assert study.main(replace(both, seeds=(1, 0))) == 1
+    lacking = "lacks blind, main camera black, wrist camera black, cameras swapped, mute, and its run is not here"
+    assert lacking in (tmp_path / "0" / "report.md").read_text()
+    copied.write_text(json.dumps(content | {"played": content["played"] | {"data": ["other"]}}))
+    with pytest.raises(ValueError, match="different data: baseline, seed 0: .'d00'.; baseline, seed 1: .'other'."):
+        study.main(both)
+    assert study.main(replace(both, train="--centre")) == 0 and len(pretended.trained) == 4
+    assert "baseline-seed1 is made anew: train was , is --centre" in capsys.readouterr().out
 
 
 def test_only_some_cells_run(tmp_path, monkeypatch):
@@ -453,8 +488,8 @@ def test_only_some_cells_run(tmp_path, monkeypatch):
     settings = config(tmp_path, "ablations", seeds=(0, 1), cells=("*-as_is-seed1", "la_tok-continuous-*"))
     assert study.main(settings) == 0 and len(pretended.trained) == 7
     assert "INCOMPLETE: 21 of 28 cells are missing" in (tmp_path / "report.md").read_text()
-    with pytest.raises(ValueError, match="cells is la_typo, which matches no name"):
-        study.main(replace(settings, cells=("la_typo",)))
+    with pytest.raises(ValueError, match="cells has la_typo, which matches no name"):
+        study.main(replace(settings, cells=("la_typo", "*")))
 
 
 def test_stopped_study_stops_what_it_started(tmp_path):
