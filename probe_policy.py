@@ -1,21 +1,26 @@
 """Measure what trained policies know: errors on their own and on other demonstrations, linear probes of their states.
 
     python probe_policy.py runs/fewshot/*-5-seed0/run     # a table with a row for each run
-    python probe_policy.py RUN --labels data/libero_tiny/labels.safetensors     # and of what its labels say
+    python probe_policy.py RUN --labels data/libero_tiny/labels.safetensors     # and of what these labels say
 
-    L1               mean absolute error of the predicted chunk, in normalised actions: on the episodes whose actions
-                     the run was trained on, and on all other episodes of its data.
-    R2 of actions    how well ridge regression predicts the mean of the next chunk's actions, as of probe.py, from the
-                     mean over the placeholders of the states that the latent loss reads (the baseline: of the last
-                     layer). It is fitted on the episodes with actions and measured on the others.
-    R2 of the way    the same for the sum of the actions until the gripper next changes: where the object lies that will
-                     be grasped, or the place where it is put. Steps after the last change are left out.
+    L1             mean absolute error of the predicted chunk, in normalised actions: on the training episodes whose
+                   actions the run had, on those whose actions it had not, and on the held-out ones.
+    R2 of actions  what the placeholders' states know of the next actions, the mean over the chunk.
+    R2 of the way  what they know of the way that is left until the gripper next closes or opens, the sum of the actions
+                   until then; steps after the last time are left out.
 
-Numbers are means over the first three dimensions, x, y and z of an arm that is moved by differences. The seed of the
-run decides which episodes had actions, so only runs of one seed and one number of labels are measured on the same. Of a
-run that had all actions, the others are its held-out episodes. Leaves out runs on several data sets.
+R2 is that of a ridge regression, as of probe.py, fitted on the episodes with actions and measured on all others. Much
+of both could be told without a look at the images, because the episodes of a task are alike. So a first regression
+predicts it from the instruction, the gripper's command and the number of the step (and its square), and R2 is the share
+of what that leaves which the states predict: where things lie. The states are those of the last layer, averaged over
+all placeholders.
 
-Axes: n steps, B batch, Q placeholders, D width of a state, A action size, d inputs of a regression.
+Numbers are means over the first three dimensions, x, y and z of an arm that is moved by differences. The seed of a run
+decides which episodes had actions, so only runs of one seed and one number of labels are measured on the same. Episodes
+without actions were seen where they were trained on as video. What a run started from (--init-from) is not asked.
+Leaves out runs on several data sets.
+
+Axes: S steps of a data set, n steps, Q placeholders, D width of a state, A action size, d inputs of a regression.
 """
 
 from dataclasses import dataclass
@@ -30,11 +35,12 @@ from torch.utils.data import default_collate
 from batches import ActionChunks
 from common import init_distributed, to_device
 from data import open_dataset
-from files import read_json
+from files import saved_step
 from index import CACHE, episode_steps, split_episodes
+from normalise import statistics_hash
 from policy import load_vla
 from prepare import choose_labelled
-from probe import episodes_of, mean_actions, probe
+from probe import best_strengths, episodes_of, mean_actions, probe, ridge
 from results import markdown_table
 from targets import load_labels
 
@@ -56,13 +62,74 @@ class Config:
     """where indices are kept"""
 
 
-def split_of_run(settings, dataset):
-    """Return (episodes whose actions a run was trained on, all others). settings: "train" of its config.json"""
+# ----------------------------------------------------------------------------------------------------------------------
+# A run and its data
+
+
+@dataclass
+class Run:
+    """A trained policy and its data."""
+
+    folder: Path
+    vla: torch.nn.Module
+    content: dict  # of config.json
+    dataset: object
+    own: np.ndarray  # training episodes whose actions it had
+    rest: np.ndarray  # training episodes whose actions it had not
+    held_out: np.ndarray  # all other episodes
+
+
+def open_run(folder, config):
+    """Return the `Run` in a folder. Raise FileNotFoundError or ValueError for one that cannot be probed."""
+    vla, content = load_vla(folder)
+    if len(content["data"]) > 1:
+        names = ", ".join(entry["name"] for entry in content["data"])
+        raise ValueError(f"{folder} was trained on {names}; only runs on one data set can be probed")
+    settings, (entry,) = content["train"], content["data"]
+    path = config.data or Path(settings["data"][0])
+    dataset = open_dataset(path, config.cache, *settings["spec"])
+    if dataset.fingerprint != entry["fingerprint"]:
+        raise ValueError(f"{folder} was trained on another {entry['name']} than {path}; name its data with --data")
+    if not dataset.action_size or not dataset.spec.grippers or set(range(MOVED)) & set(dataset.spec.absolute):
+        raise ValueError(f"{path}, as described by {dataset.source}, is no arm that is moved by differences to grasp")
+    if statistics_hash(dataset.stats) != entry["statistics"]:
+        raise ValueError(f"{folder} was trained with another description of {path} than {dataset.source}")
     training, _ = split_episodes(dataset, settings["val_fraction"], settings["seed"])
-    if settings["instructions"]:
-        training = training[[dataset.instruction(dataset.starts[e]) in settings["instructions"] for e in training]]
-    labelled, _ = choose_labelled(SimpleNamespace(**settings), dataset, training)
-    return labelled, np.setdiff1d(np.arange(dataset.num_episodes), labelled)
+    held_out = np.setdiff1d(np.arange(dataset.num_episodes), training)
+    if texts := settings["instructions"]:
+        training = training[[dataset.instruction(dataset.starts[e]) in texts for e in training]]
+    own, rest = choose_labelled(SimpleNamespace(**settings), dataset, training)
+    if len(own) < 2 or not len(rest) + len(held_out):
+        raise ValueError(
+            f"{folder} had the actions of {len(own)} episodes of {dataset.num_episodes}; it takes 2 to fit on, and 1 "
+            "to measure on"
+        )
+    return Run(folder, vla.to(init_distributed().device), content, dataset, own, rest, held_out)
+
+
+@torch.no_grad()
+def run_policy(run, steps):
+    """Return (absolute errors of the chunks and the numbers of their values f64 [n, 2], states f64 [n, D]) at `steps`.
+
+    The states are the last layer's, averaged over the placeholders.
+    """
+    run.vla.latent_layer = run.vla.backbone.layers  # whose states `predict` returns
+    cameras = list(run.content["data"][0]["cameras"])
+    samples = ActionChunks([run.dataset], [cameras], run.content["model"]["chunk"])
+    errors, states = [], []
+    for start in range(0, len(steps), BATCH):
+        batch = default_collate([samples.sample(0, step) for step in steps[start : start + BATCH]])
+        batch = to_device(batch, run.vla.queries.device)
+        actions, placeholders = run.vla.predict(batch)
+        counted = batch["valid"][:, :, None].expand_as(actions).double()  # [B, H, A]
+        error = (actions - batch["actions"]).abs() * counted
+        errors.append(torch.stack([error.sum((1, 2)), counted.sum((1, 2))], 1).cpu())
+        states.append(placeholders.double().mean(1).cpu())
+    return torch.cat(errors).numpy(), torch.cat(states).numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Probes
 
 
 def way_to_change(dataset):
@@ -82,102 +149,88 @@ def way_to_change(dataset):
     return way, changes
 
 
-@torch.no_grad()
-def run_policy(vla, samples, steps):
-    """Return (absolute errors of the chunks and the numbers of their values f64 [n, 2], states f64 [n, D]) at `steps`.
-
-    The states are means over the placeholders. samples: `ActionChunks` of one source.
-    """
-    device = vla.queries.device
-    errors, states = [], []
-    for start in range(0, len(steps), BATCH):
-        batch = default_collate([samples.sample(0, step) for step in steps[start : start + BATCH]])
-        batch = to_device(batch, device)
-        actions, placeholders = vla.predict(batch)
-        counted = batch["valid"][:, :, None].expand_as(actions).double()  # [B, H, A]
-        error = (actions - batch["actions"]).abs() * counted
-        errors.append(torch.stack([error.sum((1, 2)), counted.sum((1, 2))], 1).cpu())
-        states.append(placeholders.double().mean(1).cpu())
-    return torch.cat(errors).numpy(), torch.cat(states).numpy()
-
-
-def probe_states(states, targets, split):
-    """Return the mean R2 of each target over its first dimensions.
-
-    states: [S, d], of all steps; targets: {name: (values f64 [S, A], whether a step has one bool [S], episodes i64
-    [S])}; split: (episodes to fit on, episodes to measure on).
-    """
-    found = {}
-    for name, (values, known, episodes) in targets.items():
-        found[name] = float(np.mean(probe(states[known], values[known, :MOVED], episodes[known], *split)))
-    return found
-
-
-def probe_targets(dataset, chunk):
-    """Return the targets of `probe_states` of a data set with actions and grippers; ValueError for another."""
-    if not dataset.spec.grippers:
-        raise ValueError(f"{dataset.name}, as described by {dataset.source}, has no gripper, whose changes are probed")
+def told_without_images(dataset):
+    """Return f64 [S, d]: instruction, the grippers' commands, step number and its square, and their products."""
     steps = np.arange(len(dataset))
-    episodes = episodes_of(dataset, steps)
+    number = steps - dataset.starts[episodes_of(dataset, steps)]
+    texts = list(dataset.instructions())
+    words = np.eye(len(texts))[[texts.index(dataset.instruction(step)) for step in steps]]  # [S, instructions]
+    opening = dataset.action(steps)[:, [gripper.index for gripper in dataset.spec.grippers]]
+    parts = np.stack([np.ones(len(steps)), number, number**2], 1)
+    parts = (parts[:, :, None] * np.concatenate([np.ones((len(steps), 1)), opening], 1)[:, None]).reshape(
+        len(steps), -1
+    )
+    return (words[:, :, None] * parts[:, None]).reshape(len(steps), -1)
+
+
+def what_is_left(x, y, episodes, fitted):
+    """Return y f64 [n, A] minus what a ridge regression from x [n, d], fitted on the episodes `fitted`, says of it."""
+    fit = np.isin(episodes, fitted)
+    chosen = best_strengths(x[fit], y[fit], episodes[fit])
+    return y - ridge(x[fit], y[fit])(x)[chosen, :, np.arange(y.shape[1])].T
+
+
+def probe_targets(run):
+    """Return {head: (what is to be known f64 [n, 3], at which steps i64 [n])}, without what is told anyway."""
+    dataset = run.dataset
+    steps = np.arange(len(dataset))
     way, changes = way_to_change(dataset)
+    found = {
+        "R2 of actions": (mean_actions(dataset, steps, run.content["model"]["chunk"]), steps),
+        "R2 of the way": (way[changes], steps[changes]),
+    }
+    told = told_without_images(dataset)
     return {
-        "R2 of actions": (mean_actions(dataset, steps, chunk), np.ones(len(steps), bool), episodes),
-        "R2 of the way": (way, changes, episodes),
+        head: (what_is_left(told[at], values[:, :MOVED], episodes_of(dataset, at), run.own), at)
+        for head, (values, at) in found.items()
     }
 
 
-def probe_run(run, dataset):
-    """Return a row of the table, {head: text}, of a run on its data set. Raise ValueError when it had other data."""
-    vla, content = load_vla(run)
-    entry = content["data"][0]
-    if len(content["data"]) > 1 or entry["fingerprint"] != dataset.fingerprint:
-        names = ", ".join(part["name"] for part in content["data"])
-        raise ValueError(f"{run} was trained on {names}, not on {dataset.directory} alone; name its data with --data")
-    vla = vla.to(init_distributed().device)
-    samples = ActionChunks([dataset], [list(entry["cameras"])], content["model"]["chunk"])
-    split = split_of_run(content["train"], dataset)
-    errors, states = run_policy(vla, samples, np.arange(len(dataset)))
-    sums = [errors[episode_steps(dataset, part)].sum(0) for part in split]
-    own, others = (total / count for total, count in sums)
-    row = {"run": str(run), "variant": content["model"]["variant"], "episodes with actions": str(len(split[0]))}
-    row |= {"L1 on them": f"{own:.4f}", "on others": f"{others:.4f}"}
-    found = probe_states(states, probe_targets(dataset, content["model"]["chunk"]), split)
-    return row | {name: f"{r2:.2f}" for name, r2 in found.items()}
+def probe_states(run, states):
+    """Return {head: R2 of each of `probe_targets` from states [S, d], the mean over its dimensions}."""
+    others = np.concatenate([run.rest, run.held_out])
+    found = {}
+    for head, (values, at) in probe_targets(run).items():
+        r2 = probe(states[at], values, episodes_of(run.dataset, at), run.own, others)
+        found[head] = f"{np.nanmean(r2):.2f}"
+    return found
 
 
-def probe_labels(path, run, dataset):
+def probe_run(run):
+    """Return a row of the table, {head: text}."""
+    errors, states = run_policy(run, np.arange(len(run.dataset)))
+    row = {"run": str(run.folder), "variant": run.content["model"]["variant"]}
+    row |= {"updates": str(saved_step(run.folder / "model.safetensors"))}
+    for head, part in (("own", run.own), ("rest", run.rest), ("held out", run.held_out)):
+        total, count = errors[episode_steps(run.dataset, part)].sum(0)
+        row[f"L1 {head}"] = f"{total / count:.4f} ({len(part)})" if len(part) else ""
+    return row | probe_states(run, states)
+
+
+def probe_labels(path, run):
     """Return rows of the table for the vectors and the codes of a label file, on the episodes of a run."""
-    content = read_json(run / "config.json")
-    labels = load_labels(dataset, path)
-    if labels is None:
-        raise ValueError(f"there is no label file {path}")
-    steps = np.arange(len(dataset))
+    if not path.exists():
+        raise FileNotFoundError(f"there is no label file {path}")
+    labels = load_labels(run.dataset, path)
+    steps = np.arange(len(run.dataset))
     codes = labels.codes[steps].astype(np.int64)  # [S, P]
     inputs = {
         "vectors": labels.vectors[steps].astype(np.float64).reshape(len(steps), -1),
         "codes": np.eye(labels.num_codes)[codes].reshape(len(steps), -1),
     }
-    targets = probe_targets(dataset, content["model"]["chunk"])
-    split = split_of_run(content["train"], dataset)
-    return [
-        {"run": f"{name} of {path}"} | {key: f"{r2:.2f}" for key, r2 in probe_states(x, targets, split).items()}
-        for name, x in inputs.items()
-    ]
+    return [{"run": f"{name} of {path}"} | probe_states(run, x) for name, x in inputs.items()]
 
 
 def main(config):
     """Print the table, and return its rows."""
     if not config.runs:
         raise ValueError("name at least one run")
-    rows = []
-    for run in config.runs:
-        content = read_json(run / "config.json")
-        dataset = open_dataset(config.data or Path(content["train"]["data"][0]), config.cache)
-        rows.append(probe_run(run, dataset))
-        if config.labels and run == config.runs[0]:
-            rows += probe_labels(config.labels, run, dataset)
+    runs = [open_run(folder, config) for folder in config.runs]
+    rows = probe_labels(config.labels, runs[0]) if config.labels else []
+    rows = [*map(probe_run, runs), *rows]
     heads = list(rows[0])
     print(markdown_table(heads, [[row.get(head, "") for head in heads] for row in rows]))
+    print("\nL1: mean absolute error, in brackets the number of episodes")
     return rows
 
 

@@ -1,5 +1,6 @@
-"""probe_policy.py: the way to a grasp by hand, which episodes had actions, and the table of a run."""
+"""probe_policy.py: the way to a grasp by hand, what is left without the images, whose episodes, the table of a run."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,8 @@ import torch
 import prepare
 import probe_policy
 import train
-from batches import EpisodeSteps
+from batches import ActionChunks, EpisodeSteps
 from common import Ranks
-from policy import load_vla
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -39,34 +39,71 @@ def test_way_ends_where_the_gripper_changes_next():
     assert way[:4, 0].tolist() == [3, 2, 7, 4] and way[:4, 1].tolist() == [-3, -2, -7, -4]
 
 
-def test_probe_finds_what_states_hold_on_other_episodes():
-    """A target that is linear in the states has R2 1, one that has nothing to do with them about 0; steps without a
-    target do not count."""
-    rng = np.random.default_rng(0)
-    states = rng.normal(size=(300, 4))
-    known = np.arange(300) % 3 > 0
-    linear = states @ rng.normal(size=(4, 5))
-    linear[~known] = 1e6
-    episodes = np.repeat(np.arange(10), 30)
-    targets = {"linear": (linear, known, episodes), "noise": (rng.normal(size=(300, 5)), known, episodes)}
-    found = probe_policy.probe_states(states, targets, (np.arange(6), np.arange(6, 10)))
-    assert found["linear"] > 0.999 and abs(found["noise"]) < 0.1
+def test_only_what_the_images_show_counts(dataset, tmp_path):
+    """Of a target that instruction, step number and gripper tell, nothing is left; of one that differs by episode, that
+    difference is."""
+    told = probe_policy.told_without_images(dataset)
+    steps = np.arange(len(dataset))
+    episodes = probe_policy.episodes_of(dataset, steps)
+    number = steps - dataset.starts[episodes]
+    first = np.array([dataset.instruction(step) for step in steps]) == dataset.instructions()[0]
+    opening = dataset.action(steps)[:, 6]
+    alike = np.where(first, 3 * number - 0.2 * number**2, 5.0) + number * opening * first
+    differs = np.random.default_rng(0).normal(size=dataset.num_episodes)[episodes]
+    left = probe_policy.what_is_left(told, np.stack([alike, alike + differs], 1), episodes, np.arange(4))
+    assert left[:, 0].std() < 0.05 * alike.std()
+    assert np.corrcoef(left[:, 1], differs)[0, 1] > 0.7
 
 
 @pytest.mark.parametrize("settings", ({"episodes": 1}, {}, {"instructions": ("put the bowl on the plate",)}))
 def test_table_of_a_run(settings, train_config, tmp_path):
-    """The episodes with actions are those of the training; the error on the others is what training would measure."""
-    config = train_config(tmp_path / "run", variant="baseline", max_steps=2, **settings)
+    """Its own episodes are those of the training; the errors are what training would measure; R2 is near 1 from the
+    targets themselves and near 0 from noise."""
+    config = train_config(tmp_path / "run", variant="la_align", max_steps=2, **settings)
     setup = prepare.prepare(config, ONE, set())
-    (dataset,) = setup.dataset.datasets
-    run = train.main(train_config(tmp_path / "again", variant="baseline", max_steps=2, **settings))
-    vla, content = load_vla(run)
-    own, others = probe_policy.split_of_run(content["train"], dataset)
-    assert own.tolist() == setup.dataset.sources[0].episodes.tolist()
-    assert sorted([*own, *others]) == list(range(dataset.num_episodes))
-    samples = probe_policy.ActionChunks([dataset], [list(content["data"][0]["cameras"])], content["model"]["chunk"])
-    (row,) = probe_policy.main(probe_policy.Config((run,), cache=config.cache))
-    for head, part in (("L1 on them", own), ("on others", others)):
-        expected = train.validate(vla, samples, [(0, EpisodeSteps(dataset.starts, part))], ONE, samples=10**6)
-        assert float(row[head]) == pytest.approx(expected, abs=1e-4)
-    assert row["episodes with actions"] == str(len(own))
+    folder = train.main(train_config(tmp_path / "again", variant="la_align", max_steps=2, **settings))
+    asked = probe_policy.Config((folder,), cache=config.cache)
+    run = probe_policy.open_run(folder, asked)
+    assert run.own.tolist() == setup.dataset.sources[0].episodes.tolist()
+    for number, steps in setup.held_out:
+        assert {steps[k] for k in range(len(steps))} <= set(probe_policy.episode_steps(run.dataset, run.held_out))
+    samples = ActionChunks([run.dataset], [run.dataset.cameras], setup.vla.config.chunk)
+    (row,) = probe_policy.main(asked)
+    assert row["updates"] == "2" and ("L1 rest" in row) and (row["L1 rest"] != "") == ("episodes" in settings)
+    for head, part in (("own", run.own), ("rest", run.rest), ("held out", run.held_out)):
+        if len(part):
+            places = [(0, EpisodeSteps(run.dataset.starts, part))]
+            expected = train.validate(run.vla, samples, places, ONE, samples=10**6)
+            assert float(row[f"L1 {head}"].split()[0]) == pytest.approx(expected, abs=1e-4)
+    targets = probe_policy.probe_targets(run)
+    states = np.random.default_rng(0).normal(size=(len(run.dataset), 9))
+    noise = probe_policy.probe_states(run, states)
+    for column, (values, at) in enumerate(targets.values()):
+        states[at, 3 * column : 3 * column + 3] = values
+    known = probe_policy.probe_states(run, states)
+    assert all(float(r2) > 0.9 for r2 in known.values()) and all(float(r2) < 0.1 for r2 in noise.values())
+
+
+def test_runs_that_cannot_be_probed(train_config, tmp_path):
+    """Nothing to fit on, another description, no run, no label file: each is said before anything is computed."""
+    config = train_config(tmp_path / "run", variant="la_direct", max_steps=1, episodes=1, rest="video")
+    folder = train.main(config)
+    asked = probe_policy.Config((folder,), cache=config.cache)
+    content = json.loads((folder / "config.json").read_text())
+
+    def refuses(kind, expected, **changes):
+        changed = {"train": content["train"] | changes.get("train", {})}
+        changed["data"] = [content["data"][0] | changes.get("data", {})] * changes.get("sets", 1)
+        (folder / "config.json").write_text(json.dumps(content | changed))
+        with pytest.raises(kind, match=expected):
+            probe_policy.open_run(folder, asked)
+
+    refuses(ValueError, "had the actions of 0 episodes of 8", train={"episodes": 0, "data_fraction": 0})
+    refuses(ValueError, "trained on made, made; only runs on one", sets=2)
+    refuses(ValueError, "trained with another description", data={"statistics": "x"})
+    refuses(ValueError, "trained on another made than", data={"fingerprint": "x"})
+    with pytest.raises(FileNotFoundError, match="it is not a run that train.py saved"):
+        probe_policy.open_run(tmp_path, asked)
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match="there is no label file"):
+        probe_policy.main(probe_policy.Config((folder,), labels=tmp_path / "no.safetensors", cache=config.cache))
