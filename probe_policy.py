@@ -9,11 +9,11 @@
     R2 of the way  what they know of the way that is left until the gripper next closes or opens, the sum of the actions
                    until then; steps after the last time are left out.
 
-R2 is that of a ridge regression, as of probe.py, fitted on the episodes with actions and measured on all others. Much
-of both could be told without a look at the images, because the episodes of a task are alike. So a first regression
-predicts it from the instruction, the gripper's command and the number of the step (and its square), and R2 is the share
-of what that leaves which the states predict: where things lie. The states are those of the last layer, averaged over
-all placeholders.
+R2 is that of a ridge regression, as of probe.py, fitted on the episodes with actions and measured on all others; that
+of labels is the mean of a five-fold cross-validation over all episodes. Much of both could be told without a look at
+the images, because the episodes of a task are alike. So a first regression predicts it from the instruction, the
+gripper's command and the number of the step (and its square), and R2 is the share of what that leaves which the states
+predict: where things lie. The states are those of the last layer, averaged over all placeholders.
 
 Numbers are means over the first three dimensions, x, y and z of an arm that is moved by differences. The seed of a run
 decides which episodes had actions, so only runs of one seed and one number of labels are measured on the same. Episodes
@@ -40,7 +40,7 @@ from index import CACHE, episode_steps, split_episodes
 from normalise import statistics_hash
 from policy import load_vla
 from prepare import choose_labelled
-from probe import best_strengths, episodes_of, mean_actions, probe, ridge
+from probe import FOLDS, best_strengths, episodes_of, mean_actions, probe, ridge
 from results import markdown_table
 from targets import load_labels
 
@@ -57,7 +57,7 @@ class Config:
     data: Path | None = None
     """their data set (default: where each run's was)"""
     labels: Path | None = None
-    """label file, whose vectors and codes are probed on the first run's episodes"""
+    """label file of the first run's data, whose vectors and codes are probed"""
     cache: Path = CACHE
     """where indices are kept"""
 
@@ -170,29 +170,29 @@ def what_is_left(x, y, episodes, fitted):
     return y - ridge(x[fit], y[fit])(x)[chosen, :, np.arange(y.shape[1])].T
 
 
-def probe_targets(run):
+def probe_targets(dataset, chunk, fitted):
     """Return {head: (what is to be known f64 [n, 3], at which steps i64 [n])}, without what is told anyway."""
-    dataset = run.dataset
     steps = np.arange(len(dataset))
     way, changes = way_to_change(dataset)
     found = {
-        "R2 of actions": (mean_actions(dataset, steps, run.content["model"]["chunk"]), steps),
+        "R2 of actions": (mean_actions(dataset, steps, chunk), steps),
         "R2 of the way": (way[changes], steps[changes]),
     }
     told = told_without_images(dataset)
     return {
-        head: (what_is_left(told[at], values[:, :MOVED], episodes_of(dataset, at), run.own), at)
+        head: (what_is_left(told[at], values[:, :MOVED], episodes_of(dataset, at), fitted), at)
         for head, (values, at) in found.items()
     }
 
 
-def probe_states(run, states):
-    """Return {head: R2 of each of `probe_targets` from states [S, d], the mean over its dimensions}."""
-    others = np.concatenate([run.rest, run.held_out])
+def probe_states(dataset, chunk, states, fitted, measured):
+    """Return {head: R2, the mean over the dimensions} of `probe_targets` from states [S, d].
+
+    fitted, measured: episodes to fit on and to measure on.
+    """
     found = {}
-    for head, (values, at) in probe_targets(run).items():
-        r2 = probe(states[at], values, episodes_of(run.dataset, at), run.own, others)
-        found[head] = f"{np.nanmean(r2):.2f}"
+    for head, (values, at) in probe_targets(dataset, chunk, fitted).items():
+        found[head] = float(np.nanmean(probe(states[at], values, episodes_of(dataset, at), fitted, measured)))
     return found
 
 
@@ -204,21 +204,32 @@ def probe_run(run):
     for head, part in (("own", run.own), ("rest", run.rest), ("held out", run.held_out)):
         total, count = errors[episode_steps(run.dataset, part)].sum(0)
         row[f"L1 {head}"] = f"{total / count:.4f} ({len(part)})" if len(part) else ""
-    return row | probe_states(run, states)
+    others = np.concatenate([run.rest, run.held_out])
+    found = probe_states(run.dataset, run.content["model"]["chunk"], states, run.own, others)
+    return row | {head: f"{r2:.2f}" for head, r2 in found.items()}
 
 
-def probe_labels(path, run):
-    """Return rows of the table for the vectors and the codes of a label file, on the episodes of a run."""
+def probe_labels(path, dataset, chunk):
+    """Return rows of the table for the vectors and the codes of a label file, by cross-validation over all episodes."""
     if not path.exists():
         raise FileNotFoundError(f"there is no label file {path}")
-    labels = load_labels(run.dataset, path)
-    steps = np.arange(len(run.dataset))
+    labels = load_labels(dataset, path)
+    steps = np.arange(len(dataset))
     codes = labels.codes[steps].astype(np.int64)  # [S, P]
     inputs = {
         "vectors": labels.vectors[steps].astype(np.float64).reshape(len(steps), -1),
         "codes": np.eye(labels.num_codes)[codes].reshape(len(steps), -1),
     }
-    return [{"run": f"{name} of {path}"} | probe_states(run, x) for name, x in inputs.items()]
+    episodes = np.arange(dataset.num_episodes)
+    rows = []
+    for name, x in inputs.items():
+        folds = [
+            probe_states(dataset, chunk, x, episodes[episodes % FOLDS != fold], episodes[episodes % FOLDS == fold])
+            for fold in range(FOLDS)
+        ]
+        means = {head: f"{np.mean([found[head] for found in folds]):.2f}" for head in folds[0]}
+        rows.append({"run": f"{name} of {path}"} | means)
+    return rows
 
 
 def main(config):
@@ -226,8 +237,9 @@ def main(config):
     if not config.runs:
         raise ValueError("name at least one run")
     runs = [open_run(folder, config) for folder in config.runs]
-    rows = probe_labels(config.labels, runs[0]) if config.labels else []
-    rows = [*map(probe_run, runs), *rows]
+    chunk = runs[0].content["model"]["chunk"]
+    of_labels = probe_labels(config.labels, runs[0].dataset, chunk) if config.labels else []
+    rows = [*map(probe_run, runs), *of_labels]
     heads = list(rows[0])
     print(markdown_table(heads, [[row.get(head, "") for head in heads] for row in rows]))
     print("\nL1: mean absolute error, in brackets the number of episodes")
