@@ -387,8 +387,26 @@ def commands(config, cell):
 def made_of(config, cell):
     """Return what a cell's result depends on: another value means another result."""
     data = [path.name for path in config.data]
-    settings = {"train": config.train, "evaluate": shlex.join(playing_options(config)), "trials": trials_of(config)}
+    words = shlex.split(config.train)
+    if cell.group["variant"] not in IMAGE:
+        words = without_option(words, "--labels")  # which variants that do not learn from labels leave unread
+    settings = {
+        "train": shlex.join(words),
+        "evaluate": shlex.join(playing_options(config)),
+        "trials": trials_of(config),
+    }
     return {"stages": cell.stages, "data": data} | settings
+
+
+def without_option(words, option):
+    """Return the words of a command line without an option and its values."""
+    kept, inside = [], False
+    for word in words:
+        if word.startswith("--"):
+            inside = word.partition("=")[0] == option
+        if not inside:
+            kept.append(word)
+    return kept
 
 
 def read_cell(config, cell):

@@ -193,6 +193,11 @@ def test_settings_that_make_cells_something_else_are_refused(tmp_path):
     for other in ({"train": "--centre"}, {"evaluate": "--widen 0"}, {"trials": 7}, {"data": (tmp_path / "x",)}):
         assert not study.read_cell(replace(settings, **other), cell)
     assert not study.read_cell(settings, study.make_cells(replace(settings, steps=9))[0])
+    for labels in ("--labels a b", "--labels=a"):  # which the baseline does not read
+        assert study.read_cell(replace(settings, train=labels), cell)
+        assert not study.read_cell(replace(settings, train=f"{labels} --centre"), cell)
+    learner = study.make_cells(settings)[1]
+    assert study.made_of(replace(settings, train="--labels a"), learner) != study.made_of(settings, learner)
 
 
 def test_video_first_is_two_commands(tmp_path):
