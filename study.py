@@ -4,7 +4,7 @@
     python study.py variants --out runs/variants --dry-run  # the cells, what they cost, and their plain commands
     python study.py variants --out runs/variants --shard 1/8           # every eighth cell, as in a SLURM array
     python study.py variants --out runs/variants --jobs 4              # four cells side by side
-    python study.py fewshot --out runs/fewshot --train="--labels data/libero_tiny/labels_without_actions.safetensors"
+    python study.py fewshot --out runs/fewshot --train="--labels runs/labels.safetensors"           # docs/study.md
     python study.py long --out runs/long --data libero_10 --train="--backbone Qwen/Qwen3-VL-2B-Instruct"
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
@@ -644,8 +644,8 @@ def check_config(config):
     if config.preset == "fewshot" and variants_of(config, IMAGE) and not labels:
         raise ValueError(
             "fewshot takes actions away, and labels of a latent model that learned from them give them back: name "
-            f'labels that were made without, --train="--labels {DATA}/labels_without_actions.safetensors" for the '
-            "embedded data; docs/study.md says how to make them for other data"
+            f'labels that were made without, --train="--labels {DATA}/labels_wrist_without_actions.safetensors" for '
+            "the embedded data; docs/latent_actions.md says how to make them for other data"
         )
     own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
     for cell in make_cells(replace(config, train="", shard="", cells=())):

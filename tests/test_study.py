@@ -227,7 +227,7 @@ def test_printed_study(tmp_path):
         for words in study.training_commands(settings, cell):
             trained = tyro.cli(train.Config, args=words[2:])
             prepare.check_config(trained, 1)
-            assert trained.labels == (study.DATA / "labels_without_actions.safetensors",)
+            assert trained.labels == (study.DATA / "labels_wrist_without_actions.safetensors",)
     (_, without), (_, usual) = (locate_tensors(study.ROOT / path) for path in (*trained.labels, SHIPPED))
     assert without["data"] == usual["data"] and without["lam"] != usual["lam"]
 
