@@ -355,7 +355,8 @@ def draw_success(results, preset, path):
     for axis, panel in zip(axes[0], panels):
         inside = [result for result in shown if result["group"].get(preset.panels, "") == panel]
         if preset.panels == "rest" and panel != "dropped":  # what trains on the labelled alone, for comparison
-            inside += [r for r in shown if r["group"].get("rest") == "dropped" and r["group"]["variant"] == "baseline"]
+            alone = [result for result in shown if result["group"]["rest"] == "dropped"]
+            inside += [result for result in alone if result["group"]["variant"].startswith("baseline")]
         axis.set_title(f"{preset.panels}: {panel}" if preset.panels else "", fontsize=10)
         if preset.x:
             draw_lines(axis, inside, preset.x, variants)
@@ -373,12 +374,15 @@ def draw_lines(axis, results, x, variants):
         own = sorted((r for r in results if r["group"]["variant"] == variant), key=lambda r: r["group"][x])
         if not own:
             continue
-        places = [result["group"][x] for result in own]
-        low, high = zip(*(result["ci95"] for result in own))
-        axis.plot(places, [result["success"] for result in own], "o-", color=f"C{number}", label=variant)
-        axis.fill_between(places, low, high, color=f"C{number}", alpha=0.12)
+        places = [result["group"][x] * 1.015**number for result in own]  # beside each other
+        rates = np.array([result["success"] for result in own])
+        ends = np.array([result["ci95"] for result in own])
+        colour = f"C{number}"
+        axis.errorbar(places, rates, np.abs(ends - rates[:, None]).T, fmt="o-", color=colour, capsize=3, label=variant)
+        axis.fill_between(places, *ends.T, color=colour, alpha=0.12)
     axis.set_xscale("log")
     places = sorted({result["group"][x] for result in results})
+    axis.set_xlim(places[0] / 1.2, places[-1] * 1.4)
     axis.set_xticks(places, map(str, places), minor=False)
     axis.minorticks_off()
     axis.set_xlabel(f"{x} demonstrations an instruction")

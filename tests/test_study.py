@@ -487,6 +487,16 @@ def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
     assert "baseline-seed1 is made anew: train was , is --centre" in capsys.readouterr().out
 
 
+def test_committed_report_is_what_its_cells_say(tmp_path):
+    """The command of docs/study.md makes the report that lies there."""
+    words = printed("python study.py fewshot --out docs/studies/fewshot")
+    settings = tyro.cli(study.Config, args=words[2:])
+    committed = study.ROOT / settings.out
+    shutil.copytree(committed / "cells", tmp_path / "cells")
+    assert study.main(replace(settings, out=tmp_path)) == 0
+    assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
+
+
 def test_only_some_cells_run(tmp_path, monkeypatch):
     """Those whose names match; the report has all. Patterns that match nothing are refused."""
     monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
