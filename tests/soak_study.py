@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 25  # s until the next kill
+LONGEST = 60  # s until the next kill
 
 
 @dataclass
