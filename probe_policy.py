@@ -170,8 +170,8 @@ def what_is_left(x, y, episodes, fitted):
     return y - ridge(x[fit], y[fit])(x)[chosen, :, np.arange(y.shape[1])].T
 
 
-def probe_targets(dataset, chunk, fitted):
-    """Return {head: (what is to be known f64 [n, 3], at which steps i64 [n])}, without what is told anyway."""
+def probe_targets(dataset, chunk):
+    """Return {head: (what is to be known f64 [n, 3], what tells of it anyway f64 [n, d], at which steps i64 [n])}."""
     steps = np.arange(len(dataset))
     way, changes = way_to_change(dataset)
     found = {
@@ -179,20 +179,19 @@ def probe_targets(dataset, chunk, fitted):
         "R2 of the way": (way[changes], steps[changes]),
     }
     told = told_without_images(dataset)
-    return {
-        head: (what_is_left(told[at], values[:, :MOVED], episodes_of(dataset, at), fitted), at)
-        for head, (values, at) in found.items()
-    }
+    return {head: (values[:, :MOVED], told[at], at) for head, (values, at) in found.items()}
 
 
-def probe_states(dataset, chunk, states, fitted, measured):
-    """Return {head: R2, the mean over the dimensions} of `probe_targets` from states [S, d].
+def probe_states(dataset, targets, states, fitted, measured):
+    """Return {head: R2, the mean over the dimensions} of what is left of `probe_targets` from states [S, d].
 
     fitted, measured: episodes to fit on and to measure on.
     """
     found = {}
-    for head, (values, at) in probe_targets(dataset, chunk, fitted).items():
-        found[head] = float(np.nanmean(probe(states[at], values, episodes_of(dataset, at), fitted, measured)))
+    for head, (values, told, at) in targets.items():
+        episodes = episodes_of(dataset, at)
+        left = what_is_left(told, values, episodes, fitted)
+        found[head] = float(np.nanmean(probe(states[at], left, episodes, fitted, measured)))
     return found
 
 
@@ -205,7 +204,8 @@ def probe_run(run):
         total, count = errors[episode_steps(run.dataset, part)].sum(0)
         row[f"L1 {head}"] = f"{total / count:.4f} ({len(part)})" if len(part) else ""
     others = np.concatenate([run.rest, run.held_out])
-    found = probe_states(run.dataset, run.content["model"]["chunk"], states, run.own, others)
+    targets = probe_targets(run.dataset, run.content["model"]["chunk"])
+    found = probe_states(run.dataset, targets, states, run.own, others)
     return row | {head: f"{r2:.2f}" for head, r2 in found.items()}
 
 
@@ -221,10 +221,11 @@ def probe_labels(path, dataset, chunk):
         "codes": np.eye(labels.num_codes)[codes].reshape(len(steps), -1),
     }
     episodes = np.arange(dataset.num_episodes)
+    targets = probe_targets(dataset, chunk)
     rows = []
     for name, x in inputs.items():
         folds = [
-            probe_states(dataset, chunk, x, episodes[episodes % FOLDS != fold], episodes[episodes % FOLDS == fold])
+            probe_states(dataset, targets, x, episodes[episodes % FOLDS != fold], episodes[episodes % FOLDS == fold])
             for fold in range(FOLDS)
         ]
         means = {head: f"{np.mean([found[head] for found in folds]):.2f}" for head in folds[0]}

@@ -75,13 +75,14 @@ def test_table_of_a_run(settings, train_config, tmp_path):
             places = [(0, EpisodeSteps(run.dataset.starts, part))]
             expected = train.validate(run.vla, samples, places, ONE, samples=10**6)
             assert float(row[f"L1 {head}"].split()[0]) == pytest.approx(expected, abs=1e-4)
-    targets = probe_policy.probe_targets(run.dataset, samples.chunk, run.own)
+    targets = probe_policy.probe_targets(run.dataset, samples.chunk)
     states = np.random.default_rng(0).normal(size=(len(run.dataset), 9))
     split = run.own, np.concatenate([run.rest, run.held_out])
-    noise = probe_policy.probe_states(run.dataset, samples.chunk, states, *split)
-    for column, (values, at) in enumerate(targets.values()):
-        states[at, 3 * column : 3 * column + 3] = values
-    known = probe_policy.probe_states(run.dataset, samples.chunk, states, *split)
+    noise = probe_policy.probe_states(run.dataset, targets, states, *split)
+    for column, (values, told, at) in enumerate(targets.values()):
+        left = probe_policy.what_is_left(told, values, probe_policy.episodes_of(run.dataset, at), run.own)
+        states[at, 3 * column : 3 * column + 3] = left
+    known = probe_policy.probe_states(run.dataset, targets, states, *split)
     assert min(known.values()) > 0.9 and max(noise.values()) < 0.1
 
 
