@@ -256,8 +256,8 @@ def without_folders(word):
 def add_results(card, run, config):
     """Put the summaries that are in a run's folder into its card and the metadata, in the place of older ones."""
     summaries = read_summaries(run)
-    plain = [summary for summary in summaries if not controls(summary)]
-    text = "\n\n".join([BEGIN, *format_results(plain, summaries), END])
+    uncontrolled = [summary for summary in summaries if not controls(summary)]
+    text = "\n\n".join([BEGIN, *format_results(uncontrolled, summaries), END])
     pattern = f"{re.escape(BEGIN)}.*{re.escape(END)}"
     if re.search(pattern, card.text, re.DOTALL):
         card.text = re.sub(pattern, lambda match: text, card.text, flags=re.DOTALL)
@@ -272,7 +272,7 @@ def add_results(card, run, config):
             metric_name=f"success rate of {suite['episodes']} trials",
             metric_value=round(suite["success_rate"], 4),
         )
-        for summary in plain
+        for summary in uncontrolled
         for suite in summary["suites"]
         if suite["episodes"]
     ] or None
@@ -304,12 +304,12 @@ def title(summary, suite):
     return f"{simulator} {suite['suite']}{widened}"
 
 
-def format_results(plain, summaries):
-    """Return the section of results as blocks of text; none without results. plain: the summaries without a control."""
+def format_results(uncontrolled, summaries):
+    """Return the section of results as blocks of text; none without results. uncontrolled: those without a control."""
     if not summaries:
         return []
     blocks = ["## Results", "Closed-loop trials, with 95 % Wilson intervals."]
-    for summary in plain:
+    for summary in uncontrolled:
         for suite in summary["suites"]:
             rows = [[line["instruction"], *cells(line)] for line in [*suite["tasks"], suite | {"instruction": "all"}]]
             blocks.append(markdown_table([title(summary, suite), "success", "", "95 % interval"], rows))

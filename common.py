@@ -70,7 +70,7 @@ def init_distributed(timeout=600):
 def _join_group(backend, rank, world, timeout):
     """Create the process group, and let all nodes agree how often torchrun has restarted them."""
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else torchrun's store tells where the killed ranks listened
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else torchrun's store says where the killed ranks listened
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     counts = [None] * world  # each node's torchrun counts the restarts that it began

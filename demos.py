@@ -617,8 +617,8 @@ def main(config):
     os.replace(folder, config.out)
     shutil.rmtree(staging(config))
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
-    look = shlex.join(["python", "data.py", str(config.out)])
-    print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: {look}")
+    command = shlex.join(["python", "data.py", str(config.out)])
+    print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: {command}")
 
 
 if __name__ == "__main__":

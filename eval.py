@@ -333,10 +333,10 @@ def warn_of_new_instructions(prompts, trained):
     for prompt in sorted(set(prompts) - set(trained)):
         closest = difflib.get_close_matches(prompt, trained, 1, 0)
         print(
-            f"WARNING: the policy is told {prompt!r}, which was never an instruction in its training; "
+            f"WARNING: the policy gets the instruction {prompt!r}, which was never an instruction in its training; "
             f"the closest one was {closest[0]!r}"
             if closest
-            else f"WARNING: the policy is told {prompt!r}, but its training had no instructions"
+            else f"WARNING: the policy gets the instruction {prompt!r}, but its training had none"
         )
 
 

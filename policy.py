@@ -29,7 +29,7 @@ from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
 from tiny import SIZES
 
-MOST = 128  # observations of one forward pass; more are answered in several
+MOST = 128  # observations of one forward pass; more take several
 GRIPPERS = ("data", "robosuite")
 RANGE_SLACK = 0.1  # of the range of a state in training, by which it may leave it without a warning
 
@@ -113,7 +113,7 @@ class Policy:
     """A run's model with the statistics and the description of one of its data sets.
 
     On a GPU the backbone's weights are bf16 and the forward is a CUDA graph for each batch size. Batches are padded: to
-    powers of two up to `MOST`, or all to `batch`, so that an answer does not depend on what else is asked.
+    powers of two up to `MOST`, or all to `batch`, so that actions do not depend on what else is asked.
     """
 
     def __init__(self, run, data="", device="", batch=0, backbone=""):
@@ -186,7 +186,7 @@ class Policy:
         return self.vla.backbone.text_length
 
     def tokens_needed(self, instructions):
-        """Return how many tokens the longest of these takes with its request; 0 where all were answered before."""
+        """Return how many tokens the longest of these takes with its request; 0 where all are known."""
         backbone = self.vla.backbone
         new = [text for text in instructions if not backbone.knows(text)]
         return max((len(prompt_ids(backbone.tokenizer, text, self.chunk)) for text in new), default=0)
@@ -211,16 +211,16 @@ class Policy:
         """
         several = isinstance(observation, (list, tuple))
         prepared = [self.prepare(each) for each in (observation if several else [observation])]
-        actions = self.answer(prepared, gripper)
+        actions = self.act(prepared, gripper)
         return actions if several else actions[0]
 
     def prepare(self, observation):
-        """Return (stored images, state, instruction) of one observation for `answer`. Raise as the call itself."""
+        """Return (stored images, state, instruction) of one observation for `act`. Raise as the call itself."""
         self._check_names(observation)
         images = [self.stored(name, observation["images"][name]) for name in self.cameras]
         return images, self._read_state(observation), observation["instruction"]
 
-    def answer(self, prepared, gripper="data"):
+    def act(self, prepared, gripper="data"):
         """Return actions f32 [B, H, A] for a list of what `prepare` returned."""
         if gripper not in GRIPPERS:
             raise ValueError(f"gripper is {gripper!r}; choose {' or '.join(GRIPPERS)}")
@@ -292,7 +292,7 @@ class Policy:
         if state.shape != (size,) or state.dtype.kind not in "fiu":
             raise ValueError(f"the state is {state.dtype} {state.shape}; it must be {size} numbers, ({size},)")
         with np.errstate(over="ignore"):
-            state = state.astype(np.float32)  # as in data sets, so that what is given in f64 is answered alike
+            state = state.astype(np.float32)  # as in data sets, so that what is given in f64 gives the same actions
         if not np.isfinite(state).all():
             wrong = ", ".join(f"state[{number}]" for number in np.flatnonzero(~np.isfinite(state)))
             raise ValueError(f"{wrong} is not finite: the state is {state.tolist()}")

@@ -279,7 +279,7 @@ def choose_instructions(texts, datasets, splits):
     """Return the splits with only the episodes of these instructions. Raises ValueError for one that there is not."""
     known = sorted({text for dataset in datasets for text in dataset.instructions()})
     if unknown := [text for text in texts if text not in known]:
-        raise ValueError(f"instructions: no episode is told {unknown}; there are {known}")
+        raise ValueError(f"instructions: no episode has {unknown}; there are {known}")
     return [
         tuple(part[[dataset.instruction(dataset.starts[e]) in texts for e in part]] for part in split)
         for dataset, split in zip(datasets, splits)
@@ -357,8 +357,8 @@ def describe_data(dataset, cameras, sides, instructions=()):
     metadata = dataset.metadata
     if "suite" in metadata:  # made by demos.py
         entry["suite"] = metadata["suite"][0]
-        told = zip(metadata["task"], dataset.starts)  # of each episode, the task and its first step
-        entry["tasks"] = sorted({task for task, step in told if dataset.instruction(step) in entry["instructions"]})
+        recorded = zip(metadata["task"], dataset.starts)  # of each episode, the task and its first step
+        entry["tasks"] = sorted({task for task, step in recorded if dataset.instruction(step) in entry["instructions"]})
         entry["widen"] = round(metadata["widen"][0], 6)
         entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
     note = dataset.find_beside("expert.json")

@@ -10,10 +10,10 @@
                    until then; steps after the last time are left out.
 
 R2 is that of a ridge regression, as of probe.py, fitted on the episodes with actions and measured on all others; that
-of labels is the mean of a five-fold cross-validation over all episodes. Much of both could be told without a look at
-the images, because the episodes of a task are alike. So a first regression predicts it from the instruction, the
-gripper's command and the number of the step (and its square), and R2 is the share of what that leaves which the states
-predict: where things lie. The states are those of the last layer, averaged over all placeholders.
+of labels is the mean of a five-fold cross-validation over all episodes. Much of both is known without the
+images, because the episodes of a task are alike. So a first regression predicts it from the instruction, the gripper's
+command and the number of the step (and its square), and R2 is the share of what that leaves which the states predict:
+where things lie. The states are those of the last layer, averaged over all placeholders.
 
 Numbers are means over the first three dimensions, x, y and z of an arm that is moved by differences. The seed of a run
 decides which episodes had actions, so only runs of one seed and one number of labels are measured on the same. Episodes
@@ -149,7 +149,7 @@ def way_to_change(dataset):
     return way, changes
 
 
-def told_without_images(dataset):
+def known_without_images(dataset):
     """Return f64 [S, d]: instruction, the grippers' commands, step number and its square, and their products."""
     steps = np.arange(len(dataset))
     number = steps - dataset.starts[episodes_of(dataset, steps)]
@@ -171,15 +171,15 @@ def what_is_left(x, y, episodes, fitted):
 
 
 def probe_targets(dataset, chunk):
-    """Return {head: (what is to be known f64 [n, 3], what tells of it anyway f64 [n, d], at which steps i64 [n])}."""
+    """Return {head: (what is to be known f64 [n, 3], `known_without_images` f64 [n, d], at which steps i64 [n])}."""
     steps = np.arange(len(dataset))
     way, changes = way_to_change(dataset)
     found = {
         "R2 of actions": (mean_actions(dataset, steps, chunk), steps),
         "R2 of the way": (way[changes], steps[changes]),
     }
-    told = told_without_images(dataset)
-    return {head: (values[:, :MOVED], told[at], at) for head, (values, at) in found.items()}
+    known = known_without_images(dataset)
+    return {head: (values[:, :MOVED], known[at], at) for head, (values, at) in found.items()}
 
 
 def probe_states(dataset, targets, states, fitted, measured):
@@ -188,9 +188,9 @@ def probe_states(dataset, targets, states, fitted, measured):
     fitted, measured: episodes to fit on and to measure on.
     """
     found = {}
-    for head, (values, told, at) in targets.items():
+    for head, (values, known, at) in targets.items():
         episodes = episodes_of(dataset, at)
-        left = what_is_left(told, values, episodes, fitted)
+        left = what_is_left(known, values, episodes, fitted)
         found[head] = float(np.nanmean(probe(states[at], left, episodes, fitted, measured)))
     return found
 

@@ -237,7 +237,7 @@ def group_name(group):
 
 
 def pair_of(entry, entries, comparison):
-    """Return (name, first, second): what a group is compared with, the outcomes there and its own.
+    """Return (name, first, second, seeds): what a group is compared with, the outcomes there and its own.
 
     Both f64 [S, N], of the seeds that both have; None where there is no such group, or no such seed.
     """
@@ -250,7 +250,8 @@ def pair_of(entry, entries, comparison):
     shared = np.isfinite(entry["outcomes"] + other["outcomes"]).any(1)
     if not shared.any():
         return None
-    return group_name(wanted), other["outcomes"][shared], entry["outcomes"][shared]
+    seeds = [seed for seed, both in zip(entry["seeds"], shared) if both]
+    return group_name(wanted), other["outcomes"][shared], entry["outcomes"][shared], seeds
 
 
 def pool_by_level(tables, entries, x, shared=False):
@@ -265,8 +266,8 @@ def pool_by_level(tables, entries, x, shared=False):
 def analyse(entries, preset):
     """Return a list of results of all groups: success with its interval, and a difference for each `preset.compare`.
 
-    A difference is {"to": name, "points", "ci95", "p" (None for one seed), "p_holm"}: of rates. The p of the same
-    comparison are adjusted together, and how seeds scatter is pooled, over the groups with the same `preset.x`.
+    A difference is {"to": name, "points", "ci95", "p" (None for one seed), "p_holm", "seeds"}: of rates. The p of the
+    same comparison are adjusted together, and how seeds scatter is pooled, over the groups with the same `preset.x`.
     """
     outcomes = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
     outcomes = {name: table for name, table in outcomes.items() if len(table)}
@@ -283,12 +284,12 @@ def analyse(entries, preset):
         results[name] = result
     for number, comparison in enumerate(preset.compare):
         pairs = {name: pair for name, entry in entries.items() if (pair := pair_of(entry, entries, comparison))}
-        tables = {name: second - first for name, (_, first, second) in pairs.items()}
+        tables = {name: second - first for name, (_, first, second, _) in pairs.items()}
         scatters = pool_by_level(tables, entries, preset.x, shared=True)
         families = {}  # value of x -> differences whose p are adjusted together
-        for name, (other, first, second) in pairs.items():
+        for name, (other, first, second, seeds) in pairs.items():
             points, low, high, p = difference_interval(first, second, scatters[name])
-            difference = {"to": other, "points": points, "ci95": [low, high], "p": p}
+            difference = {"to": other, "points": points, "ci95": [low, high], "p": p, "seeds": seeds}
             results[name]["differences"][number] = difference
             if p is not None:
                 families.setdefault(entries[name]["group"].get(preset.x), []).append(difference)
@@ -329,7 +330,9 @@ def format_row(result, parts):
             cells += ["", ""]
             continue
         low, high = (100 * end for end in difference["ci95"])
-        cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f})")
+        shared = difference["seeds"]
+        some = f" INCOMPLETE: of seeds {', '.join(map(str, shared))}" if len(shared) < len(result["seeds"]) else ""
+        cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f}){some}")
         cells.append(f"{difference['p']:.2g} ({difference['p_holm']:.2g})" if "p_holm" in difference else "one seed")
     return cells
 
@@ -461,7 +464,8 @@ def provenance(cells):
     lines += [f"Played with {versions}: {number} cells." for versions, number in played.items()]
     if not cells:
         return lines
-    return [*lines, "The commands of one cell:", "", "```text", *cells[0].commands, "```"]
+    shown = next((cell for cell in cells if cell.labels), cells[0])  # others may name labels that they do not read
+    return [*lines, "The commands of one cell:", "", "```text", *shown.commands, "```"]
 
 
 def check_data(cells):

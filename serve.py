@@ -137,8 +137,8 @@ class Batcher:
                     break
             prepared, answers = zip(*batch)
             try:
-                chunks = await loop.run_in_executor(self.thread, self.policy.answer, list(prepared), self.gripper)
-            except Exception as error:  # of the GPU, say: those who asked are told, and the server goes on
+                chunks = await loop.run_in_executor(self.thread, self.policy.act, list(prepared), self.gripper)
+            except Exception as error:  # of the GPU, say: those who asked get the error, and the server goes on
                 for answer in answers:
                     if not answer.done():
                         answer.set_exception(error)
@@ -218,7 +218,7 @@ class OpenPi:
         return msgpack.packb({"actions": actions, "server_timing": timing}, default=pack_openpi)
 
     def fault(self, data, error):
-        """Return the message that tells a client what was wrong."""
+        """Return the message that says to a client what was wrong."""
         return f"{type(error).__name__}: {error}"
 
 
@@ -297,7 +297,7 @@ class VlaEval:
         return self.execution.next()
 
     def fault(self, data, error):
-        """Return the message that tells a client what was wrong."""
+        """Return the message that says to a client what was wrong."""
         try:
             number = self.messages.unpack_message(data).seq
         except Exception:  # not even that can be read
@@ -355,7 +355,7 @@ async def talk(connection, protocol):
             if faults >= MOST_FAULTS:
                 await connection.close(1008, f"{faults} faulty messages in a row")
                 return
-    except ConnectionClosed:  # in the middle of a message, or one that is too large: it was told why
+    except ConnectionClosed:  # in the middle of a message, or one that is too large: the client knows why
         pass
 
 

@@ -1,10 +1,10 @@
 """When do latent actions help? Train and evaluate a table of runs, and report on it.
 
     python study.py variants --out runs/variants            # the README's table: trains and plays what is missing
-    python study.py variants --out runs/variants --dry-run  # the cells, what they cost, and their plain commands
+    python study.py variants --out runs/variants --dry-run  # the cells, what they cost, and their commands
     python study.py variants --out runs/variants --shard 1/8           # every eighth cell, as in a SLURM array
     python study.py variants --out runs/variants --jobs 4              # four cells side by side
-    python study.py fewshot --out runs/fewshot --train="--labels runs/labels.safetensors"           # docs/study.md
+    python study.py fewshot --out runs/fewshot --train="--labels FILE"  # made without actions: docs/study.md
     python study.py long --out runs/long --data libero_10 --train="--backbone Qwen/Qwen3-VL-2B-Instruct"
 
 A cell is one policy: its data, how many demonstrations keep their actions, what becomes of the others, the variant, and
@@ -159,7 +159,7 @@ def fewshot_cells(config, steps):
     """
     episodes, instructions = training_demonstrations(config, config.seeds[0])
     cells = []
-    for labelled in (5, 2, "all"):  # the middle tells most, so it comes first
+    for labelled in (5, 2, "all"):  # the middle says most, so it comes first
         chosen = [] if labelled == "all" else ["--episodes", labelled]
         number = round(episodes / instructions) if labelled == "all" else labelled
         for rest in ("dropped", "joint", "first"):
@@ -475,7 +475,7 @@ def locked(path):
 
 
 class Runner:
-    """Runs cells until all are done or it is told to stop."""
+    """Runs cells until all are done or `stop` is called."""
 
     def __init__(self, config, total):
         """total: number of cells that are to run."""
@@ -536,7 +536,7 @@ class Runner:
         return ""
 
     def run_chain(self, chain):
-        """Run cells one after another; what went wrong with one is written down and told."""
+        """Run cells one after another; what went wrong with one is written down and printed."""
         shared = first_stage(self.config, chain[0]) if len(chain[0].stages) > 1 else None
         path = shared.with_name(f"{shared.name}.lock") if shared else cell_folder(self.config, chain[0]) / "lock"
         with locked(path) as lock:
@@ -549,9 +549,9 @@ class Runner:
                         break
                     if fault != STOPPED:
                         write_json(cell_folder(self.config, cell) / "fault.json", {"fault": fault})
-                self.tell(cell, fault)
+                self.report_cell(cell, fault)
 
-    def tell(self, cell, fault):
+    def report_cell(self, cell, fault):
         """Print that a cell is done, or what went wrong, and the time that the others will take."""
         if fault:
             self.failed[cell.name] = fault

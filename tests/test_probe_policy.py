@@ -40,9 +40,9 @@ def test_way_ends_where_the_gripper_changes_next():
 
 
 def test_only_what_the_images_show_counts(dataset, tmp_path):
-    """Of a target that instruction, step number and gripper tell, nothing is left; of one that differs by episode, that
-    difference is."""
-    told = probe_policy.told_without_images(dataset)
+    """Of a target that follows from instruction, step number and gripper, nothing is left; of one that differs by
+    episode, that difference is."""
+    known = probe_policy.known_without_images(dataset)
     steps = np.arange(len(dataset))
     episodes = probe_policy.episodes_of(dataset, steps)
     number = steps - dataset.starts[episodes]
@@ -50,7 +50,7 @@ def test_only_what_the_images_show_counts(dataset, tmp_path):
     opening = dataset.action(steps)[:, 6]
     alike = np.where(first, 3 * number - 0.2 * number**2, 5.0) + number * opening * first
     differs = np.random.default_rng(0).normal(size=dataset.num_episodes)[episodes]
-    left = probe_policy.what_is_left(told, np.stack([alike, alike + differs], 1), episodes, np.arange(4))
+    left = probe_policy.what_is_left(known, np.stack([alike, alike + differs], 1), episodes, np.arange(4))
     assert left[:, 0].std() < 0.05 * alike.std()
     assert np.corrcoef(left[:, 1], differs)[0, 1] > 0.7
 
@@ -79,8 +79,8 @@ def test_table_of_a_run(settings, train_config, tmp_path):
     states = np.random.default_rng(0).normal(size=(len(run.dataset), 9))
     split = run.own, np.concatenate([run.rest, run.held_out])
     noise = probe_policy.probe_states(run.dataset, targets, states, *split)
-    for column, (values, told, at) in enumerate(targets.values()):
-        left = probe_policy.what_is_left(told, values, probe_policy.episodes_of(run.dataset, at), run.own)
+    for column, (values, known, at) in enumerate(targets.values()):
+        left = probe_policy.what_is_left(known, values, probe_policy.episodes_of(run.dataset, at), run.own)
         states[at, 3 * column : 3 * column + 3] = left
     known = probe_policy.probe_states(run.dataset, targets, states, *split)
     assert min(known.values()) > 0.9 and max(noise.values()) < 0.1

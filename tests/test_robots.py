@@ -333,5 +333,8 @@ def test_instruction_that_was_never_trained_on_is_named(capsys):
         {"put the bowl on the plate", "stack the cups"}, ["Put the bowl on the plate.", "stack the cups"]
     )
     text = capsys.readouterr().out
-    assert "told 'put the bowl on the plate'" in text and "closest one was 'Put the bowl on the plate.'" in text
+    assert (
+        "gets the instruction 'put the bowl on the plate'" in text
+        and "closest one was 'Put the bowl on the plate.'" in text
+    )
     assert "stack" not in text

@@ -228,8 +228,8 @@ def test_printed_study(tmp_path):
             trained = tyro.cli(train.Config, args=words[2:])
             prepare.check_config(trained, 1)
             assert trained.labels == (study.DATA / "labels_wrist_without_actions.safetensors",)
-    (_, without), (_, usual) = (locate_tensors(study.ROOT / path) for path in (*trained.labels, SHIPPED))
-    assert without["data"] == usual["data"] and without["lam"] != usual["lam"]
+    (_, without), (_, shipped) = (locate_tensors(study.ROOT / path) for path in (*trained.labels, SHIPPED))
+    assert without["data"] == shipped["data"] and without["lam"] != shipped["lam"]
 
 
 def test_plan_says_what_is_to_do(tmp_path, capsys):
@@ -292,12 +292,12 @@ def test_together_and_alone(rlds, train_config, tmp_path):
     setup = prepare.prepare(plate, Ranks(0, 1, torch.device("cpu")), set())
     (dataset,) = setup.dataset.datasets
     held = [steps for _, steps in setup.held_out]
-    told = {dataset.instruction(dataset.starts[e]) for source in setup.dataset.sources for e in source.episodes}
-    told |= {dataset.instruction(steps[k]) for steps in held for k in range(len(steps))}
-    assert told == {alone[0]}
+    found = {dataset.instruction(dataset.starts[e]) for source in setup.dataset.sources for e in source.episodes}
+    found |= {dataset.instruction(steps[k]) for steps in held for k in range(len(steps))}
+    assert found == {alone[0]}
     entry = setup.description["data"][0]
     assert entry["tasks"] == [8] and entry["instructions"] == [alone[0]]
-    with pytest.raises(ValueError, match="no episode is told .'fly'.; there are .'put the bowl on the plate'"):
+    with pytest.raises(ValueError, match="no episode has .'fly'.; there are .'put the bowl on the plate'"):
         prepare.prepare(train_config(tmp_path / "x", instructions=("fly",)), Ranks(0, 1, torch.device("cpu")), set())
 
 
@@ -349,6 +349,7 @@ def test_report_by_hand(cells, tmp_path, capsys):
     *_, to_baseline, _, to_two, p, _, _, _ = rows["baseline18"].split("|")
     assert to_baseline.strip() == "" and to_two.strip().startswith("+50.0 (") and p.count("(") == 1
     assert "8/10 = 80.0 % INCOMPLETE: seeds 1 are missing" in rows["la_direct2"] and "+40.0 (" in rows["la_direct2"]
+    assert ") INCOMPLETE: of seeds 0 | one seed" in rows["la_direct2"] and "of seeds" not in rows["baseline18"]
     assert "one seed" in rows["la_direct2"] and "INCOMPLETE: 2 trials ended in an error" in rows["baseline2"]
     assert "**INCOMPLETE: 1 of 6 cells are missing.**" in text and "Failed: la_direct, 2, seed 1: it crashed" in text
     assert "somewhere; 7 updates" in text and "Mind the gap." in text
@@ -418,9 +419,9 @@ class Pretended:
 
 
 def test_interrupted_study_goes_on_and_gives_the_same_report(tmp_path, monkeypatch):
-    """Two cells: one training crashes, then ends well but half way, as after Ctrl-C: both are told and tried again, and
-    such a run is never played. The next call does only what is missing; its results are those of an undisturbed study,
-    in which trials that nobody asked for do not count."""
+    """Two cells: one training crashes, then ends well but half way, as after Ctrl-C: both are reported and tried again,
+    and such a run is never played. The next call does only what is missing; its results are those of an undisturbed
+    study, in which trials that nobody asked for do not count."""
     settings = config(tmp_path / "study", seeds=(0,), evaluate="--max-steps 9")
     pretended = Pretended(["", "crash", "stopped half way"])
     monkeypatch.setattr(study.subprocess, "Popen", pretended)
@@ -459,8 +460,8 @@ def test_finished_cells_travel(tmp_path, monkeypatch):
 
 def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
     """The report has the controls of the first seed alone, whoever played others; a cell that was copied before its
-    controls were played says so; other data of the same name is refused; a file of other settings is told of before it
-    is made anew; what once went wrong with a cell that is there now is not reported."""
+    controls were played says so; other data of the same name is refused; a file of other settings is announced before
+    it is made anew; what once went wrong with a cell that is there now is not reported."""
     monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
     first, second = (config(tmp_path / str(seed), "variants", seeds=(seed,), variants=("baseline",)) for seed in (0, 1))
     assert study.main(first) == study.main(second) == 0
@@ -532,9 +533,9 @@ def test_stopped_study_stops_what_it_started(tmp_path):
 
     running = start()
     running.send_signal(signal.SIGTERM)
-    _, told = running.communicate(timeout=30)
+    _, errors = running.communicate(timeout=30)
     assert running.returncode == 1 and (tmp_path / "saved").exists()
-    assert told == "Stopped; the same command goes on.\n"
+    assert errors == "Stopped; the same command goes on.\n"
     assert not (tmp_path / "study" / "cells").exists() and not list((tmp_path / "study").rglob("fault.json"))
     running = start()
     running.kill()
