@@ -23,7 +23,7 @@ SMOOTH = 100  # updates, over which learning curves are averaged
 EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; how
 much seeds scatter is pooled over the groups{level}; of one seed, of that run alone. Differences are between groups that
 are alike but for what the column's head says, paired by seed and start; in brackets p after Holm's correction for the
-comparisons of the column{level}."""
+comparisons of the column{level}, those that are still missing counted."""
 
 
 @dataclass
@@ -96,20 +96,29 @@ def played_by_all(values):
     return values[:, np.isfinite(values).all(0)]
 
 
-def pool_scatter(tables, shared=False):
-    """Return (mean square of seeds / variance, degrees of freedom), pooled over tables f64 [S, N] of several groups.
+def pool_scatter(tables, references=None):
+    """Return (variance of seeds, mean square of the rest, degrees of freedom), pooled over tables f64 [S, N].
 
-    shared: the tables are differences to one and the same group, whose seeds are in all of them: correlated by 1/2, so
-    their mean squares by 1/4, and they count as fewer degrees of freedom. Tables of one seed say nothing; (0, 0) when
-    there are no others.
+    Both are shares of the variance of all values. references: where tables are differences, the name of the group that
+    each is a difference to. The seeds of that group are in all differences to it: correlated by 1/2, so their mean
+    squares by 1/4, and they count as fewer degrees of freedom. Tables of one seed say nothing; (0, 0, 0) when there
+    are no others.
     """
-    tables = [table for table in map(played_by_all, tables) if min(table.shape) > 1]
-    weights = np.array([len(table) - 1 for table in tables], float)
-    variance = weights @ np.array([table.var() for table in tables]) if tables else 0.0
+    played = zip(map(played_by_all, tables), references or range(len(tables)))
+    kept = [(table, reference) for table, reference in played if min(table.shape) > 1]
+    weights = [len(table) - 1 for table, _ in kept]
+    variance = sum(weight * table.var() for weight, (table, _) in zip(weights, kept))
     if not variance:
-        return 0.0, 0.0
-    freedom = weights.sum() / (1 + (len(tables) - 1) / 4 * shared)
-    return float(weights @ np.array([mean_squares(table)[0] for table in tables]) / variance), float(freedom)
+        return 0.0, 0.0, 0.0
+    seeds = rest = freedom = 0.0
+    for weight, (table, _) in zip(weights, kept):
+        ms_seeds, _, ms_rest = mean_squares(table)
+        seeds += weight * (ms_seeds - ms_rest) / table.shape[1] / variance
+        rest += weight * ms_rest / variance
+    for reference in {reference for _, reference in kept}:
+        own = [weight for weight, (_, other) in zip(weights, kept) if other == reference]
+        freedom += sum(own) / (1 + (len(own) - 1) / 4)
+    return float(seeds), float(rest), freedom
 
 
 def crossed_mean(values, scatter=None):
@@ -119,16 +128,17 @@ def crossed_mean(values, scatter=None):
     squared error is (MS_seeds + MS_starts - MS_rest) / (S N), but at least that of seeds or of starts alone. Of one
     seed, it is that of starts.
     """
+    mean = float(np.nanmean(values))
     values = played_by_all(values)
     seeds, starts = values.shape
-    if seeds * starts < 2 or starts < 2:
-        return float(values.mean()), np.inf, 1.0
+    if starts < 2:
+        return mean, np.inf, 1.0
     mean = float(values.mean())
     if seeds == 1:
         return mean, float(np.sqrt(values.var(ddof=1) / starts)), starts - 1.0
     _, ms_starts, ms_rest = mean_squares(values)
-    ratio, seed_freedom = scatter or pool_scatter([values])
-    ms_seeds = ratio * values.var()
+    of_seeds, of_rest, seed_freedom = scatter or pool_scatter([values])
+    ms_seeds = max(0.0, starts * of_seeds + of_rest) * values.var()
     total = max(ms_seeds + ms_starts - ms_rest, ms_seeds, ms_starts)
     if not total:
         return mean, 0.0, starts - 1.0
@@ -171,30 +181,35 @@ def rate_interval(outcomes, scatter=None):
 
 
 def difference_interval(first, second, scatter=None):
-    """Return (mean, low, high, p) of second - first, both f64 [S, N], paired by seed and start; p None for one seed.
+    """Return (mean, low, high, p) of second - first, both f64 [S, N], paired by seed and start.
 
-    scatter: as of `crossed_mean`, of differences.
+    scatter: as of `crossed_mean`, of differences. p is at least that of McNemar's test; None for one seed, and where
+    the seeds share fewer than two starts.
     """
     both = np.isfinite(first) & np.isfinite(second)
     pairs = first[both].astype(bool).tolist(), second[both].astype(bool).tolist()
     mean, low, high = paired_difference(*pairs)
     _, error, freedom = crossed_mean(second - first, scatter)
     p = mcnemar(*pairs)
+    if len(first) < 2 or not np.isfinite(error):
+        p = None
+    elif error:
+        p = max(p, min(1.0, 2 * t_tail(abs(mean) / error, freedom)))
+    else:
+        p = max(p, 0.5 ** (len(first) - 1))  # all seeds agree: the sign test
     if np.isfinite(error):
         width = t_quantile(freedom) * error
         low, high = max(-1.0, min(low, mean - width)), min(1.0, max(high, mean + width))
-        if error:
-            p = max(p, min(1.0, 2 * t_tail(abs(mean) / error, freedom)))
-    return float(mean), float(low), float(high), float(p) if len(first) > 1 else None
+    return float(mean), float(low), float(high), p
 
 
-def holm(ps):
-    """Return Holm's (1979) adjusted p of each of several comparisons, a list."""
+def holm(ps, planned):
+    """Return Holm's (1979) adjusted p of each of several comparisons, a list. planned: how many there will be."""
     order = np.argsort(ps)
     adjusted = np.empty(len(ps))
     largest = 0.0
     for rank, number in enumerate(order):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[number]))
+        largest = max(largest, min(1.0, (planned - rank) * ps[number]))
         adjusted[number] = largest
     return adjusted.tolist()
 
@@ -236,65 +251,79 @@ def group_name(group):
     return ", ".join(str(value) for value in group.values())
 
 
-def pair_of(entry, entries, comparison):
-    """Return (name, first, second, seeds): what a group is compared with, the outcomes there and its own.
-
-    Both f64 [S, N], of the seeds that both have; None where there is no such group, or no such seed.
-    """
+def reference_of(entry, entries, comparison):
+    """Return the name of the group that a group is compared with; None where there is none."""
     if any(entry["group"][part] not in values for part, values in comparison.among.items()):
         return None
     wanted = entry["group"] | comparison.to
-    other = next((other for other in entries.values() if other["group"] == wanted), None)
-    if other is None or other is entry:
-        return None
+    name = group_name(wanted)
+    return name if wanted != entry["group"] and name in entries else None
+
+
+def pair(entry, other):
+    """Return (first, second, seeds): the outcomes of another group and of this one, both f64 [S, N], and their seeds.
+
+    None where the two have no seed in common.
+    """
     shared = np.isfinite(entry["outcomes"] + other["outcomes"]).any(1)
     if not shared.any():
         return None
     seeds = [seed for seed, both in zip(entry["seeds"], shared) if both]
-    return group_name(wanted), other["outcomes"][shared], entry["outcomes"][shared], seeds
+    return other["outcomes"][shared], entry["outcomes"][shared], seeds
 
 
-def pool_by_level(tables, entries, x, shared=False):
-    """Return {name: `pool_scatter` of the groups with the same value of the part x}. tables: {name: f64 [S, N]}"""
+def pool_by_level(tables, entries, x, references=None):
+    """Return {name: `pool_scatter` of the groups with the same value of the part x}.
+
+    tables: {name: f64 [S, N]}; references: of differences, {name: name of the group that it is a difference to}.
+    """
     levels = {}
-    for name, table in tables.items():
-        levels.setdefault(entries[name]["group"].get(x), []).append(table)
-    pooled = {level: pool_scatter(found, shared) for level, found in levels.items()}
-    return {name: pooled[entries[name]["group"].get(x)] for name in tables}
+    for name in tables:
+        levels.setdefault(entries[name]["group"].get(x), []).append(name)
+    pooled = {}
+    for names in levels.values():
+        others = [references[name] for name in names] if references else None
+        pooled |= dict.fromkeys(names, pool_scatter([tables[name] for name in names], others))
+    return pooled
 
 
 def analyse(entries, preset):
     """Return a list of results of all groups: success with its interval, and a difference for each `preset.compare`.
 
-    A difference is {"to": name, "points", "ci95", "p" (None for one seed), "p_holm", "seeds"}: of rates. The p of the
-    same comparison are adjusted together, and how seeds scatter is pooled, over the groups with the same `preset.x`.
+    A difference is {"to": name, "points", "ci95", "p" and "p_holm" (None: see `difference_interval`), "seeds"}. The p
+    of the same comparison are adjusted together, those that are not there yet counted, and how seeds scatter is pooled,
+    over the groups with the same `preset.x`.
     """
-    outcomes = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
-    outcomes = {name: table for name, table in outcomes.items() if len(table)}
-    scatters = pool_by_level(outcomes, entries, preset.x)
+    tables = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
+    tables = {name: table for name, table in tables.items() if len(table)}
+    scatters = pool_by_level(tables, entries, preset.x)
     results = {}
     for name, entry in entries.items():
         kept = ("group", "seeds", "missing", "errors", "controls")
         result = {"name": name} | {key: entry[key] for key in kept} | {"differences": [None] * len(preset.compare)}
-        if name in outcomes:
-            played = outcomes[name]
+        if name in tables:
+            played = tables[name]
             result |= {"successes": int(np.nansum(played)), "episodes": int(np.isfinite(played).sum())}
             result["success"], *result["ci95"] = rate_interval(played, scatters[name])
             result["by_seed"] = [float(np.nanmean(row)) for row in played]
         results[name] = result
     for number, comparison in enumerate(preset.compare):
-        pairs = {name: pair for name, entry in entries.items() if (pair := pair_of(entry, entries, comparison))}
-        tables = {name: second - first for name, (_, first, second, _) in pairs.items()}
-        scatters = pool_by_level(tables, entries, preset.x, shared=True)
+        references = {name: reference_of(entry, entries, comparison) for name, entry in entries.items()}
+        references = {name: other for name, other in references.items() if other}
+        pairs = {name: found for name, other in references.items() if (found := pair(entries[name], entries[other]))}
+        differences = {name: second - first for name, (first, second, _) in pairs.items()}
+        scatters = pool_by_level(differences, entries, preset.x, references)
+        planned = Counter(entries[name]["group"].get(preset.x) for name in references)
         families = {}  # value of x -> differences whose p are adjusted together
-        for name, (other, first, second, seeds) in pairs.items():
+        for name, (first, second, seeds) in pairs.items():
             points, low, high, p = difference_interval(first, second, scatters[name])
-            difference = {"to": other, "points": points, "ci95": [low, high], "p": p, "seeds": seeds}
+            to = references[name]
+            difference = {"to": to, "points": points, "ci95": [low, high], "p": p, "p_holm": None, "seeds": seeds}
             results[name]["differences"][number] = difference
             if p is not None:
                 families.setdefault(entries[name]["group"].get(preset.x), []).append(difference)
-        for family in families.values():
-            for difference, p in zip(family, holm([difference["p"] for difference in family])):
+        for level, family in families.items():
+            for difference, p in zip(family, holm([difference["p"] for difference in family], planned[level])):
                 difference["p_holm"] = p
     return list(results.values())
 
@@ -317,11 +346,12 @@ def format_table(results, parts, compare):
 def format_row(result, parts):
     """Return the cells of a group in the table of results."""
     cells = [str(result["group"].get(part, "")) for part in parts]
-    missing = f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if result["missing"] else ""
+    some = 0 < len(result["missing"]) < len(result["seeds"])
+    missing = f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if some else ""
     if result["errors"]:
         missing += f" INCOMPLETE: {result['errors']} trials ended in an error"
     if "success" not in result:
-        return [*cells, "missing", "", "", *["", ""] * len(result["differences"])]
+        return [*cells, f"missing{missing}", "", "", *["", ""] * len(result["differences"])]
     cells.append(f"{result['successes']}/{result['episodes']} = {100 * result['success']:.1f} %{missing}")
     cells.append("{:.1f} to {:.1f} %".format(*(100 * end for end in result["ci95"])))
     cells.append(", ".join(f"{100 * rate:.0f}" for rate in result["by_seed"]))
@@ -333,7 +363,10 @@ def format_row(result, parts):
         shared = difference["seeds"]
         some = f" INCOMPLETE: of seeds {', '.join(map(str, shared))}" if len(shared) < len(result["seeds"]) else ""
         cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f}){some}")
-        cells.append(f"{difference['p']:.2g} ({difference['p_holm']:.2g})" if "p_holm" in difference else "one seed")
+        if difference["p"] is None:
+            cells.append("one seed" if len(shared) == 1 else "too few common starts")
+        else:
+            cells.append(f"{difference['p']:.2g} ({difference['p_holm']:.2g})")
     return cells
 
 
@@ -433,9 +466,12 @@ def write_report(out, preset, cells, setting):
     results = sorted(analyse(entries, preset), key=lambda result: result["group"].get(preset.x, 0))
     parts = list(dict.fromkeys(part for result in results for part in result["group"]))
     missing = sum(len(result["missing"]) for result in results)
+    errors = sum(result["errors"] for result in results)
     lines = [f"# {preset.question}", "", setting, ""]
     if missing:
         lines += [f"**INCOMPLETE: {missing} of {len(cells)} cells are missing.**", ""]
+    if errors:
+        lines += [f"**INCOMPLETE: {errors} trials ended in an error of the simulator.**", ""]
     lines += [format_table(results, parts, preset.compare), ""]
     if preset.controls:
         lines += [format_controls(results, preset.controls), ""]
@@ -469,7 +505,18 @@ def provenance(cells):
 
 
 def check_data(cells):
-    """Raise ValueError when finished cells were trained on different data sets of the same names."""
+    """Raise ValueError when finished cells were trained on different data sets of the same names, or cells of one group
+    on labels or codes of different models."""
+    labels = {}
+    for cell in cells:
+        if cell.labels:
+            labels.setdefault(group_name(cell.group), set()).add(", ".join(cell.labels))
+    for name, models in labels.items():
+        if len(models) > 1:
+            raise ValueError(
+                f"cells of {name} were trained on labels of different models: {'; '.join(sorted(models))}. Keep those "
+                "of one in a folder of their own"
+            )
     found = {str(cell.data): f"{group_name(cell.group)}, seed {cell.seed}" for cell in cells if cell.trials}
     if len(found) > 1:
         texts = "; ".join(f"{name}: {data}" for data, name in found.items())

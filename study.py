@@ -30,27 +30,15 @@ from typing import Literal
 
 import tyro
 
-from data import open_dataset
 from files import make_folder, read_json, saved_step, write_json
-from index import split_episodes
-from report import Comparison, Played, learning_curve, outcomes, write_report
+from presets import CONTROLS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
+from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
-from tiny import SIZES
 
 ROOT = Path(__file__).resolve().parent
-IMAGE = ("la_align", "la_direct", "la_cond")  # variants that learn from labels of images
-LATENT = ("la_tok", *IMAGE)
 TRIES = 2  # of a cell that crashes, in one call
-CONTROLS = {  # what the policy is denied -> flags of eval.py
-    "blind": ("--blind",),
-    "main camera black": ("--black-camera", "image"),
-    "wrist camera black": ("--black-camera", "wrist_image"),
-    "cameras swapped": ("--swap-cameras",),
-    "mute": ("--mute",),
-}
 CONTROL_TRIALS = 10  # starts of each task and control
 DATA = Path("data/libero_tiny")
-OTHER_STARTS = "--seed 20"  # the demonstrations of demos.py begin from the official starts 0 to 19
 STOPPED = "stopped"  # what becomes of a cell after Ctrl-C or SIGTERM
 
 
@@ -67,7 +55,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """training seeds"""
     steps: int = 0
-    """optimizer updates on actions (default: the preset's)"""
+    """optimizer updates of a cell, of both stages together (default: the preset's)"""
     trials: int = 0
     """starts of each task (default: the preset's)"""
     variants: tuple[str, ...] = ()
@@ -115,194 +103,20 @@ def file_name(words):
     return text.replace(", ", "_").replace(" ", "_").replace("/", "_")
 
 
-@dataclass
-class Preset:
-    """A question: which cells answer it, and what the report compares."""
-
-    question: str
-    steps: int
-    trials: int
-    make: object  # function (config, steps) -> cells
-    x: str = ""  # the part of a group on the chart's horizontal axis
-    panels: str = ""  # the part of a group that gets a chart of its own
-    compare: tuple = ()  # of `Comparison`
-    controls: tuple = ()  # what the runs of the first seed are denied
-    evaluate: str = ""  # options of eval.py, unless the config has some
-    notes: str = ""  # what a reader of the report must know
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The questions
-
-
-def variants_of(config, known):
-    """Return those of `known` that the config asks for."""
-    return [variant for variant in known if not config.variants or variant in config.variants]
-
-
-def training_demonstrations(config, seed):
-    """Return (number of training episodes, number of instructions) of the study's data."""
-    counts = [0, 0]
-    for dataset in map(open_dataset, config.data):
-        counts[0] += len(split_episodes(dataset, 0.05, seed)[0])  # --val-fraction's default
-        counts[1] += len(dataset.instructions())
-    return counts
-
-
-def fewshot_cells(config, steps):
-    """Return cells with 2, 5 or all demonstrations of each instruction labelled, and the others dropped, used as video
-    beside the actions (half of each batch), or as video first.
-
-    All take the same number of updates. Those with video spend half of their samples on it, so they train on half as
-    many with actions as where the others are dropped; the baseline trained half as long shows what that alone does.
-    la_tok learns from actions alone, so video teaches it nothing.
-    """
-    episodes, instructions = training_demonstrations(config, config.seeds[0])
-    cells = []
-    for labelled in (5, 2, "all"):  # the middle says most, so it comes first
-        chosen = [] if labelled == "all" else ["--episodes", labelled]
-        number = round(episodes / instructions) if labelled == "all" else labelled
-        for rest in ("dropped", "joint", "first"):
-            for variant in variants_of(config, ("baseline", *LATENT)):
-                if rest != "dropped" and (labelled == "all" or variant not in IMAGE):
-                    continue
-                options = ["--variant", variant, *chosen]
-                stages = [[*options, "--max-steps", steps]]
-                if rest == "joint":
-                    share = labelled * instructions / (episodes - labelled * instructions)
-                    stages[0] += ["--rest", "video", "--rest-weight", round(share, 4)]
-                elif rest == "first":
-                    video = ["--variant", variant, "--data-fraction", 0, "--rest", "video"]
-                    stages = [[*part, "--max-steps", steps // 2] for part in (video, options)]
-                cells.append(({"variant": variant, "rest": rest, "labelled": number}, stages))
-                if variant == "baseline" and labelled != "all":
-                    group = {"variant": "baseline, half as long", "rest": rest, "labelled": number}
-                    cells.append((group, [[*options, "--max-steps", steps // 2]]))
-    return cells
-
-
-def ablation_cells(config, steps):
-    """Return cells that change one thing about a variant on all demonstrations."""
-    changes = {
-        "baseline": {"as is": [], "32 placeholders": ["--placeholders-per-step", 4]},
-        "la_tok": {"as is": [], "continuous": ["--continuous"]},
-        "la_align": {
-            "as is": [],
-            "layer 1": ["--align-layer", 1],
-            "last layer": ["--align-layer", SIZES["tiny"][0]["num_hidden_layers"]],
-            "lambda 0.1": ["--latent-weight", 0.1],
-        },
-        "la_direct": {"as is": [], "continuous": ["--continuous"], "lambda 1": ["--latent-weight", 1.0]},
-        "la_cond": {"as is": [], "continuous": ["--continuous"], "lambda 1": ["--latent-weight", 1.0]},
-    }
-    if "--backbone" in config.train:
-        del changes["la_align"]["last layer"]  # which is another number there
-    return [
-        ({"variant": variant, "change": change}, [["--variant", variant, "--max-steps", steps, *options]])
-        for variant in variants_of(config, changes)
-        for change, options in changes[variant].items()
-    ]
-
-
-def joint_cells(config, steps):
-    """Return cells that train all instructions of the data together, and each alone with its share of the updates."""
-    texts = sorted({text for path in config.data for text in open_dataset(path).instructions()})
-    cells = []
-    for variant in variants_of(config, ("baseline", *LATENT)):
-        cells.append(({"variant": variant, "trained": "together"}, [["--variant", variant, "--max-steps", steps]]))
-        for text in texts:
-            alone = ["--variant", variant, "--max-steps", steps // len(texts), "--instructions", text]
-            cells.append(({"variant": variant, "trained": f"{text} alone"}, [alone]))
-    return cells
-
-
-def variant_cells(config, steps):
-    """Return cells that train each variant on the data as it is."""
-    return [
-        ({"variant": variant}, [["--variant", variant, "--max-steps", steps]])
-        for variant in variants_of(config, ("baseline", *LATENT))
-    ]
-
-
-def smoke_cells(config, steps):
-    """Return two cells that take a minute."""
-    return [
-        ({"variant": variant, "labelled": 2}, [["--variant", variant, "--episodes", 2, "--max-steps", steps]])
-        for variant in variants_of(config, ("baseline", "la_direct"))
-    ]
-
-
-PRESETS = {
-    "variants": Preset(
-        "What does each variant reach when all demonstrations have actions?",
-        6000,
-        50,
-        variant_cells,
-        compare=(Comparison({"variant": "baseline"}),),
-        controls=tuple(CONTROLS),
-    ),
-    "fewshot": Preset(
-        "Few demonstrations with actions, many without: do latent actions learn from the others?",
-        6000,
-        20,
-        fewshot_cells,
-        "labelled",
-        "rest",
-        (
-            Comparison({"variant": "baseline", "rest": "dropped"}),
-            Comparison({"variant": "baseline, half as long", "rest": "dropped"}, {"rest": ("joint", "first")}),
-            Comparison({"rest": "dropped"}),
-        ),
-        evaluate=OTHER_STARTS,
-        notes="Video keeps its instructions, episodes, cameras and states, and loses its actions. Cells with it train "
-        "on as many labelled samples as the baseline half as long (joint: in twice as many updates), the others on "
-        "twice as many. The codes of la_tok come from a tokenizer of all actions; statistics of all episodes normalise "
-        "actions and states; one latent model labels for all seeds.",
-    ),
-    "ablations": Preset(
-        "Which parts of a variant matter?",
-        6000,
-        20,
-        ablation_cells,
-        panels="variant",
-        compare=(Comparison({"change": "as is"}),),
-        evaluate=OTHER_STARTS,
-    ),
-    "joint": Preset(
-        "Does a task lose by being trained with others, and with which variant not?",
-        6000,
-        20,
-        joint_cells,
-        panels="variant",
-        compare=(Comparison({"trained": "together"}),),
-        evaluate=OTHER_STARTS,
-    ),
-    "long": Preset(
-        "Do latent actions help in long tasks?",
-        9500,
-        20,
-        variant_cells,
-        compare=(Comparison({"variant": "baseline"}),),
-        evaluate=OTHER_STARTS,
-    ),
-    "smoke": Preset(
-        "Does study.py work?", 2, 1, smoke_cells, "labelled", compare=(Comparison({"variant": "baseline"}),)
-    ),
-}
-
-
 def make_cells(config):
     """Return the cells that the config asks for, in the order in which they run: all groups of a seed, then the next.
 
     Raise ValueError for one of its `cells` that matches none.
     """
     preset = PRESETS[config.preset]
+    one_camera = "--no-use-wrist-image" in shlex.split(config.train)
+    controls = tuple(name for name in preset.controls if not (one_camera and name in OF_TWO_CAMERAS))
     cells = [
         Cell(
             group,
             seed,
             [[str(word) for word in [*stage, "--seed", seed]] for stage in stages],
-            preset.controls if seed == config.seeds[0] else (),
+            controls if seed == config.seeds[0] else (),
         )
         for seed in config.seeds
         for group, stages in preset.make(config, config.steps or preset.steps)
@@ -511,8 +325,8 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as output:
             content = read_cell(config, cell)
-            if content and not (folder / "run").exists():
-                lacking = ", ".join(missing_controls(cell, content))
+            lacking = ", ".join(missing_controls(cell, content)) if content else ""
+            if lacking and not (folder / "run").exists():
                 return f"{cell_file(config, cell)} lacks {lacking}, and its run is not here; delete it to make it anew"
             if not content:
                 for words in (*training_commands(config, cell), playing_command(config, cell)):
@@ -545,7 +359,11 @@ class Runner:
                 for _ in range(TRIES if lock else 0):
                     if self.stopping.is_set():
                         return
-                    if not (fault := self.run_cell(cell, lock)):
+                    try:
+                        fault = self.run_cell(cell, lock)
+                    except (OSError, ValueError) as error:
+                        fault = f"{type(error).__name__}: {error}"
+                    if not fault:
                         break
                     if fault != STOPPED:
                         write_json(cell_folder(self.config, cell) / "fault.json", {"fault": fault})
@@ -563,6 +381,21 @@ class Runner:
         print(f"{self.done} of {self.total}: {cell.name}: {fault or 'done'}{note}", flush=True)
 
 
+def check_made(config, cells):
+    """Print which of these cells were made with other settings. Raise ValueError where their run is in the way."""
+    for cell in cells:
+        path = cell_file(config, cell)
+        was, now = read_json(path).get("made", {}) if path.exists() else {}, made_of(config, cell)
+        changed = [name for name in now if was and was.get(name) != now[name]]
+        text = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in changed)
+        if (cell_folder(config, cell) / "run").exists() and set(changed) & {"stages", "data", "train"}:
+            raise ValueError(
+                f"{cell.name} is there with other settings: {text}. Give another --out, or delete it there"
+            )
+        if changed:
+            print(f"{cell.name} is made anew: {text}")
+
+
 def run_cells(config, cells):
     """Run the cells that are missing, `jobs` at a time; return {name: what went wrong} of those that failed.
 
@@ -570,13 +403,7 @@ def run_cells(config, cells):
     """
     todo = [cell for cell in cells if not is_done(config, cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
-    for cell in todo:
-        if cell_file(config, cell).exists() and not read_cell(config, cell):
-            was, now = read_json(cell_file(config, cell)).get("made", {}), made_of(config, cell)
-            changed = "; ".join(
-                f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]
-            )
-            print(f"{cell.name} is made anew: {changed}")
+    check_made(config, todo)
     runner = Runner(config, len(todo))
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number :: config.jobs] or cores for number in range(config.jobs)]
@@ -641,6 +468,13 @@ def check_config(config):
     if config.preset == "long" and config.data == (DATA,):
         raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
     labels = set(shlex.split(config.train.replace("=", " "))) & {"--labels"}
+    if config.preset == "fewshot":
+        episodes, instructions = training_demonstrations(config)
+        if round(episodes / instructions) <= 5:
+            raise ValueError(
+                f"data has {episodes} training episodes of {instructions} instructions; fewshot keeps the actions of 2 "
+                "and of 5 of each, so it takes more"
+            )
     if config.preset == "fewshot" and variants_of(config, IMAGE) and not labels:
         raise ValueError(
             "fewshot takes actions away, and labels of a latent model that learned from them give them back: name "
@@ -673,6 +507,8 @@ def main(config):
     config.out = config.out.resolve()
     config.data = tuple(path.resolve() if path.exists() else path for path in config.data)
     cells = make_cells(config)
+    if not cells:
+        raise ValueError(f"{config.preset} has no cells of {', '.join(config.variants) or 'this shard'}")
     if config.dry_run:
         print_plan(config, cells)
         return 0

@@ -52,17 +52,20 @@ def test_mixed_model_by_hand():
 
 
 def test_pooled_scatter_by_hand():
-    """Mean squares of seeds in units of the variance, over tables of two seeds and more; fewer degrees of freedom where
-    all are compared with the same group; a table alone gives what it gives without pooling."""
-    values = np.array([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]])  # MS_seeds 6, variance 34 / 6
-    still = np.array([[0.0, 3.0], [3.0, 0.0]])  # MS_seeds 0, variance 9 / 4
+    """The variance of seeds and the rest, as shares of the variance of all values, over tables of two seeds and more;
+    fewer degrees of freedom for those that are compared with the same group; a table alone gives what it gives without
+    pooling."""
+    values = np.array([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]])  # MS_seeds 6, MS_rest 0, variance 34 / 6
+    still = np.array([[0.0, 3.0], [3.0, 0.0]])  # MS_seeds 0, MS_rest 9, variance 9 / 4
     both = [values, still, values[:1]]
-    assert report.pool_scatter(both) == pytest.approx((6 / (34 / 6 + 9 / 4), 2))
-    assert report.pool_scatter(both, shared=True) == pytest.approx((6 / (34 / 6 + 9 / 4), 2 / 1.25))
-    assert report.pool_scatter([values[:1]]) == (0, 0)
+    shares = ((6 / 3 - 9 / 2) / (34 / 6 + 9 / 4), 9 / (34 / 6 + 9 / 4))
+    assert report.pool_scatter(both) == pytest.approx((*shares, 2))
+    assert report.pool_scatter(both, ["a", "a", "a"]) == pytest.approx((*shares, 2 / 1.25))
+    assert report.pool_scatter(both, ["a", "b", "a"]) == pytest.approx((*shares, 2))
+    assert report.pool_scatter([values[:1]]) == (0, 0, 0)
     alone = report.crossed_mean(values)
     assert report.crossed_mean(values, report.pool_scatter([values])) == alone
-    mean, error, freedom = report.crossed_mean(values, (12 / (34 / 6), 9.0))  # MS_seeds 12, of 9 degrees of freedom
+    mean, error, freedom = report.crossed_mean(values, (4 / (34 / 6), 0.0, 9.0))  # MS_seeds 12, of 9 degrees
     assert (mean, error) == pytest.approx((4, np.sqrt(26 / 6))) and freedom == pytest.approx(26**2 / (144 / 9 + 98))
 
 
@@ -77,7 +80,7 @@ def test_pooled_scatter_finds_more_and_stays_honest(tmp_path):
             (rng.uniform(size=(3, 40)) < rate + 0.08 * rng.normal(size=(3, 1)) + starts).astype(float)
             for rate in [0.5] * 8 + [0.7]
         ]
-        scatter = report.pool_scatter([table - tables[0] for table in tables[1:]], shared=True)
+        scatter = report.pool_scatter([table - tables[0] for table in tables[1:]], [0] * 8)
         ps = [report.difference_interval(tables[0], table, scatter)[3] for table in tables[1:]]
         equal += [p < 0.05 for p in ps[:-1]]
         better.append(ps[-1] < 0.05)
@@ -104,6 +107,19 @@ def test_intervals_cover_what_they_should(seeds):
         low, high = report.wilson(int(outcomes.sum()), outcomes.size)
         without_seeds.append(low <= 0.7 <= high)
     assert np.mean(covered) >= 0.93 and np.mean(without_seeds) < np.mean(covered) - 0.1
+
+
+def test_groups_with_different_numbers_of_starts_are_pooled():
+    """Of 5 groups with 40 starts and 15 with 10, of one rate, at least 90 % of the intervals of the former hold it;
+    were the mean squares of seeds pooled, which grow with the starts, 86 % would."""
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(100):
+        tables = [simulate(rng, 3, 0.15, 0.0)[:, : 40 if number < 5 else 10] for number in range(20)]
+        scatter = report.pool_scatter(tables)
+        intervals = [report.rate_interval(table, scatter) for table in tables[:5]]
+        covered += [low <= 0.7 <= high for _, low, high in intervals]
+    assert np.mean(covered) >= 0.9
 
 
 def test_equal_policies_seldom_differ():
@@ -133,7 +149,12 @@ def test_differences_are_paired_and_corrected():
         report.difference_interval(first, first)[3] == 1
         and report.difference_interval(first[:1], second[:1])[3] is None
     )
-    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.01, 0.04, 0.03], 5) == pytest.approx([0.05, 0.12, 0.12])
+    always = np.ones((3, 4))
+    assert report.difference_interval(1 - always, always)[3] == 0.25  # three seeds agree, whatever the starts
+    apart = np.array([[1.0, np.nan, 1, np.nan], [np.nan, 1, np.nan, 1]])
+    assert report.difference_interval(1 - apart, apart)[3] is None  # the seeds have no start in common
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,6 +402,10 @@ def test_comparisons_of_a_level_are_a_family(tmp_path):
     compare = (report.Comparison({"variant": "a"}), report.Comparison({"variant": "a"}, {"variant": ("b",)}))
     preset = SimpleNamespace(x="labelled", compare=compare)
     found = {result["name"]: result["differences"] for result in report.analyse(report.group_cells(cells), preset)}
+    waiting = report.Played({"variant": "c", "labelled": 5}, 0)
+    entries = report.group_cells([*cells, waiting])
+    more = {result["name"]: result["differences"] for result in report.analyse(entries, preset)}
+    assert more["b, 5"][0]["p_holm"] == pytest.approx(2 * more["b, 5"][0]["p"])  # the other will come
     assert found["c, 2"][0]["p"] < 1 and found["c, 2"][1] is None and found["a, 2"] == [None, None]
     assert found["b, 2"][0]["p_holm"] == pytest.approx(2 * found["b, 2"][0]["p"])
     for difference in (found["b, 5"][0], found["b, 2"][1], found["b, 5"][1]):
@@ -484,8 +509,39 @@ def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
     copied.write_text(json.dumps(content | {"played": content["played"] | {"data": ["other"]}}))
     with pytest.raises(ValueError, match="different data: baseline, seed 0: .'d00'.; baseline, seed 1: .'other'."):
         study.main(both)
-    assert study.main(replace(both, train="--centre")) == 0 and len(pretended.trained) == 4
+    with pytest.raises(ValueError, match="baseline-seed0 is there with other settings: train was , is --centre. Give"):
+        study.main(replace(both, train="--centre"))
+    shutil.copytree(tmp_path / "1" / "cells", tmp_path / "2" / "cells")  # no run is in the way
+    assert study.main(replace(second, out=tmp_path / "2", train="--centre")) == 0 and len(pretended.trained) == 3
     assert "baseline-seed1 is made anew: train was , is --centre" in capsys.readouterr().out
+
+
+def test_labels_of_different_models_are_refused(tmp_path):
+    """Cells of one group whose labels come from different models, though their files have one name."""
+    cells = [report.Played({"variant": "la_direct"}, seed, {"a": True}, labels=[f"model{seed}"]) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="la_direct were trained on labels of different models: model0; model1"):
+        report.write_report(tmp_path, study.PRESETS["variants"], cells, "")
+
+
+def test_few_demonstrations_are_refused(tmp_path, rlds):
+    """With 5 demonstrations an instruction "all" would be 5, too. A study without a cell is refused as well."""
+    with pytest.raises(ValueError, match="data has 7 training episodes of 2 instructions; fewshot keeps"):
+        study.main(config(tmp_path, "fewshot", data=(rlds,), train="--labels x"))
+    with pytest.raises(ValueError, match="smoke has no cells of la_tok"):
+        study.main(config(tmp_path, "smoke", variants=("la_tok",)))
+
+
+def test_what_cannot_start_is_a_fault(tmp_path):
+    """A program that is not there: each cell is reported as failed, and the report is written."""
+    settings = config(tmp_path / "study", "smoke", seeds=(0,), launch="no_such_program")
+    assert study.main(settings) == 2
+    assert "Failed: baseline, 2, seed 0: FileNotFoundError" in (tmp_path / "study" / "report.md").read_text()
+
+
+def test_one_camera_has_no_controls_of_two(tmp_path):
+    """Without the wrist camera neither is it black nor are two exchanged; with it all controls are played."""
+    both, one = (study.make_cells(config(tmp_path, "variants", train=text))[0] for text in ("", "--no-use-wrist-image"))
+    assert both.controls == tuple(study.CONTROLS) and one.controls == ("blind", "main camera black", "mute")
 
 
 def test_committed_report_is_what_its_cells_say(tmp_path):
