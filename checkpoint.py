@@ -1,6 +1,5 @@
 """Saving and resuming a training; the files of a run are listed in train.py."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common import broadcast_object
-from files import check_new_folder, load_tensors, make_folder, save_tensors, write_json
+from files import check_new_folder, load_tensors, make_folder, read_json, save_tensors, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What training changes
@@ -87,7 +86,7 @@ def prepare_run(run, resume, main, description, key, free):
         config = run / "config.json"
         # a run that was killed before its first save may be started again in the same folder
         unfinished = resume and config.exists() and not (run / "model.safetensors").exists()
-        if not (unfinished and key in json.loads(config.read_text())):
+        if not (unfinished and key in read_json(config)):
             check_new_folder(run)
             make_folder(run, "--out")
         write_json(config, description)
@@ -95,7 +94,7 @@ def prepare_run(run, resume, main, description, key, free):
 
 
 def _check_same_settings(run, description, key, free):
-    before = json.loads((run / "config.json").read_text())
+    before = read_json(run / "config.json")
     changed = {
         name: (before[key].get(name), value)
         for name, value in description[key].items()

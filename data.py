@@ -84,7 +84,7 @@ class Dataset:
     def image(self, camera, step):
         """Return a camera's image u8 [h, w, 3], square unless the description says squeeze (later, at resizing).
 
-        Raises ValueError where it cannot be used, or is not square and the description does not say how it becomes so.
+        Raise ValueError where it cannot be used, or is not square and the description does not say how it becomes so.
         """
         pixels = self.index.image(self.spec.cameras[camera], step)
         height, width = pixels.shape[:2]
@@ -106,7 +106,7 @@ class Dataset:
     def stats(self):
         """The statistics over all steps: {"action", "proprio" (`column_statistics`), "num_transitions", ...}
 
-        They are kept in the cache. Video without actions or states lacks these entries. Raises ValueError where an
+        They are kept in the cache. Video without actions or states lacks these entries. Raise ValueError where an
         action or a state is not finite, or a gripper is not as described.
         """
         key = hashlib.sha256(format_spec(self.spec).encode()).hexdigest()[:16]
@@ -214,7 +214,7 @@ def open_index(path, cache=CACHE, on_fault=None):
     """Return the `Index` of the data set at `path`, read from `cache` if it was indexed before and has not changed.
 
     on_fault: function(fault, warning=False), called with each fault instead of raising it; then everything is read and
-    nothing is written. Raises FileNotFoundError (no data) and ValueError (unknown format, or damaged data with file and
+    nothing is written. Raise FileNotFoundError (no data) and ValueError (unknown format, or damaged data with file and
     place).
     """
     path = Path(path)
@@ -265,7 +265,7 @@ def subfolders(path):
 def open_dataset(path, cache=CACHE, spec="", on_fault=None):
     """Return the `Dataset` at `path`, read through its description.
 
-    spec: a JSON file or a preset's name, "" to find it; on_fault: as of `open_index`. Raises as `open_index`, and
+    spec: a JSON file or a preset's name, "" to find it; on_fault: as of `open_index`. Raise as `open_index`, and
     ValueError where no description fits; then the text proposes one.
     """
     index = open_index(path, cache, on_fault)
@@ -284,7 +284,7 @@ def open_dataset(path, cache=CACHE, spec="", on_fault=None):
 
 
 def open_datasets(paths, cache=CACHE, specs=()):
-    """Return the `Dataset` of each path. specs: none, or one for each. Raises ValueError where two have one name."""
+    """Return the `Dataset` of each path. specs: none, or one for each. Raise ValueError where two have one name."""
     datasets = [open_dataset(path, cache, spec) for path, spec in zip(paths, specs or [""] * len(paths), strict=True)]
     names = [dataset.name for dataset in datasets]
     for dataset in datasets:

@@ -103,7 +103,7 @@ def fit_image(pixels, fit):
 
 
 def read_spec(path):
-    """Return the `DataSpec` in a JSON file. Raises ValueError naming the file and what is wrong in it."""
+    """Return the `DataSpec` in a JSON file. Raise ValueError naming the file and what is wrong in it."""
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
@@ -112,7 +112,7 @@ def read_spec(path):
 
 
 def parse_spec(content, source):
-    """Return the `DataSpec` of a dictionary. Raises ValueError naming `source` and what is wrong."""
+    """Return the `DataSpec` of a dictionary. Raise ValueError naming `source` and what is wrong."""
     known = {f.name: f.type for f in fields(DataSpec)}
     if not isinstance(content, dict) or "embodiment" not in content:
         raise ValueError(f"{source} is no description of a data set: it must be an object with an 'embodiment'")
@@ -187,7 +187,7 @@ def _is_latents(value):
 
 
 def split_part(part, source="the description"):
-    """Return (feature path, slice) of a part such as "action" or "observation/state[0:6]". Raises ValueError."""
+    """Return (feature path, slice) of a part such as "action" or "observation/state[0:6]". Raise ValueError."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)(?::(\d+))?\])?", str(part))
     if not match:
         raise ValueError(f"{source}: {part!r} is no part; write a feature path, with [a:b] for some of its numbers")

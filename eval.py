@@ -478,6 +478,8 @@ def replay(config):
     stats = Policy(config.run, config.data, backbone=config.backbone).stats if config.run else dataset.stats
     episodes = shard(plan_replay(config, dataset, stats["action"]), config.shard)
     path = dataset.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
+    if config.out and config.out.exists():
+        raise ValueError(f"out is {config.out}, which exists; a replay begins anew, so give a file that does not")
     path.unlink(missing_ok=True)  # the simulator may have changed since
     path = config.out or path
     settings = {"replay": dataset.fingerprint, "statistics": statistics_hash(stats)}

@@ -204,7 +204,7 @@ class Index:
         return [path for path, feature in self.features.items() if feature.kind == kind]
 
     def read_image(self, path, step):
-        """Return an image as stored, u8 [height, width, 1 or 3]. Raises any error where it cannot be used."""
+        """Return an image as stored, u8 [height, width, 1 or 3]. Raise any error where it cannot be used."""
         raise NotImplementedError
 
     def file_of(self, step):
@@ -218,7 +218,7 @@ class Index:
     def image(self, path, step):
         """Return an image u8 [height, width, 3]; grey ones are repeated to three channels.
 
-        Raises ValueError with file, feature, step and episode where it cannot be used.
+        Raise ValueError with file, feature, step and episode where it cannot be used.
         """
         try:
             pixels = self.read_image(path, step)
@@ -370,7 +370,7 @@ def _is_last(path):
 def read_index(folder):
     """Return what an `IndexWriter` wrote: {"starts", "columns", "texts", "metadata", its kinds of arrays, its info}.
 
-    Raises ValueError where a file of the folder has another size than when it was written.
+    Raise ValueError where a file of the folder has another size than when it was written.
     """
     info = json.loads((folder / "index.json").read_text())
     starts = np.load(folder / "starts.npy")

@@ -168,7 +168,7 @@ def check_dataset(config, open_dataset):
     """Print all faults of a data set: errors, then warnings (odd, but usable). Return the number of errors.
 
     config: `data`, `cache` and `spec`, as of the command; open_dataset: data.open_dataset. Reads every record, image,
-    number and text, and the labels if there are any; writes nothing. Raises where not even the files of the data set
+    number and text, and the labels if there are any; writes nothing. Raise where not even the files of the data set
     can be listed.
     """
     errors = []

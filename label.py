@@ -125,7 +125,7 @@ def label_episodes(dataset, model, episodes, batch_size=64, texts=None, num_work
 def main(config, ranks):
     """Label a data set on all processes and write the file of labels.
 
-    Raises FileExistsError rather than replace a file, PermissionError when it cannot be written, and ValueError when
+    Raise FileExistsError rather than replace a file, PermissionError when it cannot be written, and ValueError when
     the model does not fit the data.
     """
     for name, low in (("batch_size", 1), ("num_workers", 0)):

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import load_tensors_into
 from common import all_mean, autocast, broadcast, to_device
-from files import file_hash, load_tensors
+from files import file_hash, load_tensors, read_json
 from quantiser import QUANTISERS, EMAQuantiser, kmeans, masked_mse
 
 CONSISTENCY_WEIGHT = 0.03  # of the tokenizer's consistency loss; the paper gives none, and more costs reconstruction
@@ -323,7 +323,7 @@ class DinoPatches(nn.Module):
     def __init__(self, image_size, source, config=None):
         """source: checkpoint directory or hub id; config: builds the architecture alone, for weights to be loaded.
 
-        Raises ValueError for another network, or when image_size is not a multiple of its patch size.
+        Raise ValueError for another network, or when image_size is not a multiple of its patch size.
         """
         super().__init__()
         from transformers import AutoConfig, Dinov2WithRegistersConfig, Dinov2WithRegistersModel  # slow to import
@@ -645,13 +645,13 @@ def build_model(kind, config):
 
 
 def load_model(kind, path):
-    """Return the frozen model in the folder `path`. Raises FileNotFoundError or ValueError when it holds no `kind`."""
+    """Return the frozen model in the folder `path`. Raise FileNotFoundError or ValueError when it holds no `kind`."""
     path = Path(path)
     remedy = f"Train one: python train_latent.py {kind} --data DIR --out DIR"
     for name in ("config.json", "model.safetensors"):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path} is no {kind}: it has no {name}. {remedy}")
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     if config.get("kind") != kind:
         raise ValueError(f"{path} holds a '{config.get('kind', 'run')}' where a '{kind}' is needed. {remedy}")
     model = build_model(kind, config["model"])
@@ -675,7 +675,7 @@ def load_tokenizer(path):
 
 def fingerprint(path):
     """Return a short hash of the saved model in the folder `path`: its sizes and its weights."""
-    config = json.loads((Path(path) / "config.json").read_text())
+    config = read_json(Path(path) / "config.json")
     digest = hashlib.sha256(json.dumps([config["kind"], config["model"]], sort_keys=True).encode())
     tensors, _ = load_tensors(Path(path) / "model.safetensors")
     for name in sorted(tensors):

@@ -72,7 +72,7 @@ class LeRobotIndex(Index):
         return self.directory / self.tables[self.metadata["table"][self.episode_of(step)]]
 
     def read_image(self, path, step):
-        """Return an image u8 [h, w, 1 or 3]. Raises ValueError where it cannot be decoded."""
+        """Return an image u8 [h, w, 1 or 3]. Raise ValueError where it cannot be decoded."""
         if path in self.frames:
             video, time, key = self.frames[path][step]
             return read_frame(self.directory / self.videos[video], time, key)
@@ -97,7 +97,7 @@ def read_row_group(file, group, column, process):
 def open_index(path, cache=CACHE, on_fault=None):
     """Return the `LeRobotIndex` of the data set at `path`, from `cache` if no file has changed since it was indexed.
 
-    on_fault: as of `data.open_index`. Raises ValueError with the file, and what is wrong in it; ImportError without
+    on_fault: as of `data.open_index`. Raise ValueError with the file, and what is wrong in it; ImportError without
     pyarrow.
     """
     if pa is None:
@@ -161,7 +161,7 @@ class Metadata:
 
 
 def read_metadata(directory):
-    """Return the `Metadata` of a data set. Raises ValueError for another version, or what is damaged."""
+    """Return the `Metadata` of a data set. Raise ValueError for another version, or what is damaged."""
     info_file = directory / "meta" / "info.json"
     info = read_json(info_file)
     version = info.get("codebase_version")
@@ -203,7 +203,7 @@ def _check_numbers(numbers, total, directory):
 
 
 def read_feature(path, entry, source):
-    """Return the `Feature` of an entry of info.json; None for a kind that is not known. Raises ValueError."""
+    """Return the `Feature` of an entry of info.json; None for a kind that is not known. Raise ValueError."""
     if not isinstance(entry, dict) or not {"dtype", "shape"} <= entry.keys():
         raise ValueError(f"{source}: feature {path} is {entry!r:.80}; it must have dtype and shape. {COPY_AGAIN}")
     dtype, shape = entry["dtype"], tuple(entry["shape"] or ())
@@ -246,7 +246,7 @@ def is_read(feature):
 
 
 def read_lines(file):
-    """Yield the objects in a file of one JSON object a line. Raises ValueError with file and line."""
+    """Yield the objects in a file of one JSON object a line. Raise ValueError with file and line."""
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if line.strip():
             try:
@@ -436,7 +436,7 @@ class Scan:
     def read_columns(self, path):
         """Return ({name: values of all rows}, [rows of each row group]) of a Parquet file.
 
-        Raises FileNotFoundError, pyarrow's errors, or ValueError listing what is wrong with its columns.
+        Raise FileNotFoundError, pyarrow's errors, or ValueError listing what is wrong with its columns.
         """
         if not path.exists():
             raise FileNotFoundError("the file is missing")
@@ -480,7 +480,7 @@ class Scan:
         return table
 
     def read_video(self, file, size):
-        """Return the `FrameTable` of a video. Raises FileNotFoundError, and ValueError for a bad or another size."""
+        """Return the `FrameTable` of a video. Raise FileNotFoundError, and ValueError for a bad or another size."""
         if not (self.directory / file).exists():
             raise FileNotFoundError("the file is missing")
         table = scan_video(self.directory / file)
@@ -498,7 +498,7 @@ class Scan:
 def read_column(column, feature):
     """Return the values of a column: an array with dtype and shape of the feature, [R, ...], or a list of R texts.
 
-    Raises ValueError, with the row, where a value is empty, and where values are not as the feature says.
+    Raise ValueError, with the row, where a value is empty, and where values are not as the feature says.
     """
     count = len(column)
     column = column.combine_chunks()

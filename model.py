@@ -340,7 +340,7 @@ def action_errors(guesses, actions, loss):
     error = guesses - actions[..., None]
     if loss != "quantile":
         return ACTION_LOSSES[loss](error[..., 0])
-    quantiles = torch.tensor(QUANTILES, device=error.device)
+    quantiles = torch.linspace(QUANTILES[0], QUANTILES[-1], len(QUANTILES), device=error.device)  # without a host wait
     return 2 * torch.maximum(-quantiles * error, (1 - quantiles) * error).mean(-1)
 
 

@@ -27,7 +27,7 @@ class FrameTable(NamedTuple):
 
 
 def scan_video(path):
-    """Return the `FrameTable` of a video file, read once without decoding. Raises ValueError, without its name."""
+    """Return the `FrameTable` of a video file, read once without decoding. Raise ValueError, without its name."""
     import av  # 25 MB of libraries, which data without videos does without
 
     try:
@@ -111,7 +111,7 @@ DECODERS = Decoders()
 def read_frame(path, time, key):
     """Return the frame u8 [h, w, 3] of a video file at a time of its `FrameTable`; key: of the same frame.
 
-    Raises ValueError with the file where it cannot be read or has no such frame.
+    Raise ValueError with the file where it cannot be read or has no such frame.
     """
     import av
 

@@ -118,7 +118,7 @@ def rare_motions(stats):
 def statistics_hash(stats):
     """Return 16 hex digits of one data set's statistics, by which a run recognises its own.
 
-    Raises ValueError where these are no statistics at all.
+    Raise ValueError where these are no statistics at all.
     """
     if not isinstance(stats, dict):
         raise ValueError(f"{stats!r:.80} are no statistics of a data set. Put the run's own file back.")
@@ -137,7 +137,7 @@ class Normaliser:
     """
 
     def __init__(self, stats):
-        """stats: the "action" or the "proprio" entry of a data set's statistics. Raises ValueError for other things."""
+        """stats: the "action" or the "proprio" entry of a data set's statistics. Raise ValueError for other things."""
         try:
             self.low = np.array(stats["low"] if "low" in stats else stats["q01"], np.float64)
             self.range = np.array(stats["high"] if "high" in stats else stats["q99"], np.float64) - self.low + 1e-8

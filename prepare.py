@@ -92,7 +92,7 @@ def prepare(config, ranks, free_to_change):
             describe_data(each, names, dataset.image_sides, config.instructions)
             for each, names in zip(datasets, cameras)
         ],
-        "targets": [{"fingerprint": part.fingerprint, "delta": part.delta} for part in labels or []],
+        "targets": [{"fingerprint": part.fingerprint} for part in labels or [tokenizer] if part],
         "command": sys.argv,
         "commit": git_commit(),
         "torch": torch.__version__,
@@ -261,7 +261,7 @@ def update_config(run, description):
 def choose_cameras(config, dataset):
     """Return the camera names in order: as asked for, else those of the description, without the wrist's on request.
 
-    Raises ValueError where the data set lacks one.
+    Raise ValueError where the data set lacks one.
     """
     if missing := [name for name in config.cameras if name not in dataset.cameras]:
         raise ValueError(f"{dataset.name} has no camera {missing}; it has {dataset.cameras}. Choose with --cameras.")
@@ -276,7 +276,7 @@ def choose_cameras(config, dataset):
 
 
 def choose_instructions(texts, datasets, splits):
-    """Return the splits with only the episodes of these instructions. Raises ValueError for one that there is not."""
+    """Return the splits with only the episodes of these instructions. Raise ValueError for one that there is not."""
     known = sorted({text for dataset in datasets for text in dataset.instructions()})
     if unknown := [text for text in texts if text not in known]:
         raise ValueError(f"instructions: no episode has {unknown}; there are {known}")
@@ -289,7 +289,7 @@ def choose_instructions(texts, datasets, splits):
 def make_sources(config, datasets, episodes):
     """Return the `Source`s of a run: of each data set the episodes with actions, and those that are video.
 
-    episodes: of each data set the training episodes. Raises ValueError when video is left for a variant that learns
+    episodes: of each data set the training episodes. Raise ValueError when video is left for a variant that learns
     nothing from it.
     """
     sources = []

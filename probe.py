@@ -31,7 +31,6 @@ Axes: n steps measured, B batch, H chunk steps, A action size, P codes per step,
 regression, N patches of a frame, F features of a patch, G ridge strengths.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from matplotlib.figure import Figure
 
 from common import init_distributed
 from data import open_dataset
-from files import check_writable, git_commit, make_folder, write_json
+from files import check_writable, git_commit, make_folder, read_json, write_json
 from index import CACHE, episode_steps, later_steps, split_episodes
 from label import label_episodes
 from latent import camera_name, check_frames, fingerprint, load_lam, load_tokenizer, stack_texts, text_states
@@ -87,9 +86,9 @@ class Config:
 def held_out(path, dataset, max_episodes):
     """Return (training episodes, held-out episodes), together at most max_episodes, as the model in `path` was trained.
 
-    Raises ValueError when it was trained on other data, or when the split leaves nothing to fit or to measure.
+    Raise ValueError when it was trained on other data, or when the split leaves nothing to fit or to measure.
     """
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     training = config["training"]
     trained_on = {entry["fingerprint"]: entry["name"] for entry in config["data"]}
     if dataset.fingerprint not in trained_on:
@@ -332,7 +331,7 @@ def codebook_usage(codes, num_codes):
 def probe_lam(model, dataset, config, split, out):
     """Return the report on the image-based model and draw codes.png in the folder `out`. split: from `held_out`"""
     fitted, held = split
-    chunk = json.loads((config.lam / "config.json").read_text())["training"]["chunk"]
+    chunk = read_json(config.lam / "config.json")["training"]["chunk"]
     texts = text_states(model.sizes.text, dataset.instructions()) if model.sizes.stage == 1 else None
     both = np.concatenate([fitted, held])
     both_steps, steps = episode_steps(dataset, both), episode_steps(dataset, held)
@@ -385,7 +384,7 @@ def physical_error(decoded, actions, valid):
 
 
 def embodiment_number(model, dataset, path):
-    """Return the number of a data set's embodiment in the tokenizer in `path`. Raises ValueError if it does not fit."""
+    """Return the number of a data set's embodiment in the tokenizer in `path`. Raise ValueError if it does not fit."""
     names = list(model.config.get("embodiments", [dataset.spec.embodiment]))
     name = dataset.spec.embodiment
     if name not in names or model.action_sizes[names.index(name)] != dataset.action_size:
@@ -601,7 +600,7 @@ def print_report(report):
 
 @torch.no_grad()
 def main(config):
-    """Measure, draw, write and print; return the report. Raises ValueError or FileNotFoundError before it computes."""
+    """Measure, draw, write and print; return the report. Raise ValueError or FileNotFoundError before it computes."""
     if not (config.lam or config.tokenizer):
         raise ValueError("say which model to probe: --lam DIR, --tokenizer DIR or both")
     if config.position and not config.lam:

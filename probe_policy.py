@@ -39,7 +39,7 @@ from files import saved_step
 from index import CACHE, episode_steps, split_episodes
 from normalise import statistics_hash
 from policy import load_vla
-from prepare import choose_labelled
+from prepare import choose_instructions, choose_labelled
 from probe import FOLDS, best_strengths, episodes_of, mean_actions, probe, ridge
 from results import markdown_table
 from targets import load_labels
@@ -76,7 +76,7 @@ class Run:
     dataset: object
     own: np.ndarray  # training episodes whose actions it had
     rest: np.ndarray  # training episodes whose actions it had not
-    held_out: np.ndarray  # all other episodes
+    held_out: np.ndarray  # episodes of its instructions that it never saw
 
 
 def open_run(folder, config):
@@ -89,15 +89,15 @@ def open_run(folder, config):
     path = config.data or Path(settings["data"][0])
     dataset = open_dataset(path, config.cache, *settings["spec"])
     if dataset.fingerprint != entry["fingerprint"]:
-        raise ValueError(f"{folder} was trained on another {entry['name']} than {path}; name its data with --data")
+        raise ValueError(f"{folder} was trained on a different {entry['name']} than {path}; name its data with --data")
     if not dataset.action_size or not dataset.spec.grippers or set(range(MOVED)) & set(dataset.spec.absolute):
         raise ValueError(f"{path}, as described by {dataset.source}, is no arm that is moved by differences to grasp")
     if statistics_hash(dataset.stats) != entry["statistics"]:
-        raise ValueError(f"{folder} was trained with another description of {path} than {dataset.source}")
-    training, _ = split_episodes(dataset, settings["val_fraction"], settings["seed"])
-    held_out = np.setdiff1d(np.arange(dataset.num_episodes), training)
-    if texts := settings["instructions"]:
-        training = training[[dataset.instruction(dataset.starts[e]) in texts for e in training]]
+        raise ValueError(f"{folder} was trained with a different description of {path} than {dataset.source}")
+    split = split_episodes(dataset, settings["val_fraction"], settings["seed"])
+    if settings["instructions"]:
+        (split,) = choose_instructions(settings["instructions"], [dataset], [split])
+    training, held_out = split
     own, rest = choose_labelled(SimpleNamespace(**settings), dataset, training)
     if len(own) < 2 or not len(rest) + len(held_out):
         raise ValueError(
@@ -163,7 +163,7 @@ def known_without_images(dataset):
     return (words[:, :, None] * parts[:, None]).reshape(len(steps), -1)
 
 
-def what_is_left(x, y, episodes, fitted):
+def residuals(x, y, episodes, fitted):
     """Return y f64 [n, A] minus what a ridge regression from x [n, d], fitted on the episodes `fitted`, says of it."""
     fit = np.isin(episodes, fitted)
     chosen = best_strengths(x[fit], y[fit], episodes[fit])
@@ -190,7 +190,7 @@ def probe_states(dataset, targets, states, fitted, measured):
     found = {}
     for head, (values, known, at) in targets.items():
         episodes = episodes_of(dataset, at)
-        left = what_is_left(known, values, episodes, fitted)
+        left = residuals(known, values, episodes, fitted)
         found[head] = float(np.nanmean(probe(states[at], left, episodes, fitted, measured)))
     return found
 
@@ -237,10 +237,13 @@ def main(config):
     """Print the table, and return its rows."""
     if not config.runs:
         raise ValueError("name at least one run")
-    runs = [open_run(folder, config) for folder in config.runs]
-    chunk = runs[0].content["model"]["chunk"]
-    of_labels = probe_labels(config.labels, runs[0].dataset, chunk) if config.labels else []
-    rows = [*map(probe_run, runs), *of_labels]
+    rows, of_labels = [], []
+    for folder in config.runs:  # one in memory at a time
+        run = open_run(folder, config)
+        rows.append(probe_run(run))
+        if config.labels and not of_labels:
+            of_labels = probe_labels(config.labels, run.dataset, run.content["model"]["chunk"])
+    rows += of_labels
     heads = list(rows[0])
     print(markdown_table(heads, [[row.get(head, "") for head in heads] for row in rows]))
     print("\nL1: mean absolute error, in brackets the number of episodes")

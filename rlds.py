@@ -88,7 +88,7 @@ def parse_example(buffer):
     """Return the features of one serialized tf.train.Example as {name: value}.
 
     A value is a list of (start, length) within `buffer` for a bytes_list, f32 [n] for a float_list, i64 [n] for an
-    int64_list. Raises ValueError where the bytes are not such a message.
+    int64_list. Raise ValueError where the bytes are not such a message.
     """
     values = {}
     for _, features, features_end in _fields(buffer, 0, len(buffer)):
@@ -148,7 +148,7 @@ def _fields(buffer, start, end):
 
 
 def _varint(buffer, start, end):
-    """Return (number, byte behind it) of the varint at `start`. Raises ValueError past `end` and beyond 64 bits."""
+    """Return (number, byte behind it) of the varint at `start`. Raise ValueError past `end` and beyond 64 bits."""
     value = 0
     for shift, byte in enumerate(buffer[start : min(start + 10, end)]):
         value |= (byte & 0x7F) << 7 * shift
@@ -169,7 +169,7 @@ def is_dataset(path):
 def find_version_folder(path):
     """Return the folder with `features.json`: `path` itself or its only version folder.
 
-    Raises ValueError where it does not hold exactly one data set.
+    Raise ValueError where it does not hold exactly one data set.
     """
     folders = _version_folders(Path(path))
     if len(folders) != 1:
@@ -245,7 +245,7 @@ def step_path(name):
 def shard_paths(directory, on_fault=raise_fault):
     """Return {path: number of records} of the shards of the split `train`, in the order of dataset_info.json.
 
-    Calls `on_fault` with a FileNotFoundError where shards are missing. Raises ValueError where there is no such split.
+    Calls `on_fault` with a FileNotFoundError where shards are missing. Raise ValueError where there is no such split.
     """
     info = read_json(directory / "dataset_info.json")
     split = next((s for s in info["splits"] if s["name"] == "train"), None)
@@ -290,7 +290,7 @@ class RldsIndex(Index):
         return self.shards[locations[step][0]]
 
     def stored_bytes(self, path, step):
-        """Return the stored bytes of one image. Raises ValueError where the file has become too short."""
+        """Return the stored bytes of one image. Raise ValueError where the file has become too short."""
         shard, offset, length = (int(n) for n in self.images[path][step])
         with open(self.shards[shard], "rb") as file:
             stored = os.pread(file.fileno(), length, offset)
@@ -299,7 +299,7 @@ class RldsIndex(Index):
         return stored
 
     def read_image(self, path, step):
-        """Return an image u8 [height, width, 1 or 3] of an 8-bit feature. Raises where it cannot be decoded."""
+        """Return an image u8 [height, width, 1 or 3] of an 8-bit feature. Raise where it cannot be decoded."""
         if path in self.pixels:
             return np.array(self.pixels[path][step])
         return decode_image(self.stored_bytes(path, step), self.features[path].shape[2])
@@ -319,7 +319,7 @@ def open_index(path, cache=CACHE, on_fault=None):
     """Return the `RldsIndex` of the data set at `path`, read from `cache` if no shard has changed since it was indexed.
 
     on_fault: function(fault, warning=False), called with each fault instead of raising it, and with what is only odd;
-    then every shard is read and nothing is written. Raises FileNotFoundError (missing shards) and ValueError with file
+    then every shard is read and nothing is written. Raise FileNotFoundError (missing shards) and ValueError with file
     and byte (corrupt, truncated or inconsistent data).
     """
     directory = find_version_folder(path)
@@ -410,7 +410,7 @@ def _append_episode(writer, episode, metadata):
 def read_episode(payload, features, shard, offset):
     """Return the `Episode` in a record's payload, which lies at byte `offset` of shard number `shard`.
 
-    Texts of the metadata are also texts of every step. Raises ValueError naming the feature that is not as in
+    Texts of the metadata are also texts of every step. Raise ValueError naming the feature that is not as in
     features.json.
     """
     example = parse_example(payload)

@@ -9,7 +9,6 @@ Axes: S steps of a data set, B batch, H chunk steps, P codes per step, d width o
 """
 
 import functools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 
 from dataspec import to_dict
-from files import locate_tensors, shell_command
+from files import locate_tensors, read_json, shell_command
 from index import Column, changed_cache
-from latent import load_tokenizer
+from latent import fingerprint, load_tokenizer
 from normalise import Normaliser
 
 CHECKED_AT_ONCE = 1 << 16  # steps
@@ -62,7 +61,7 @@ def load_labels(dataset, path, delta=0):
     """Return the `Labels` in the file `path`, else those in the data's own features, else None.
 
     delta: the expected number of steps between the two frames of a latent action, 0 for any. Data with its own labels
-    must state it, here or in its description. Raises ValueError for a damaged file, labels of other data, another
+    must state it, here or in its description. Raise ValueError for a damaged file, labels of other data, another
     delta, or codes and vectors that cannot be what they should.
     """
     path = Path(path)
@@ -154,7 +153,7 @@ def _check_labels(labels, source, remedy):
 def load_targets(variant, config, datasets, chunk):
     """Return (list of `Labels`, one per data set, or None; `ActionTokenizer` or None): the targets of the latent loss.
 
-    variant: a row of `model.VARIANTS`; config: that of train.py; chunk: H. Raises FileNotFoundError with the command
+    variant: a row of `model.VARIANTS`; config: that of train.py; chunk: H. Raise FileNotFoundError with the command
     that makes what is missing, and ValueError where labels or tokenizer do not fit the data or the config.
     """
     if variant.target == "":
@@ -200,7 +199,10 @@ def _places(config, number=None):
 
 
 def _load_tokenizer(config, datasets, chunk):
-    """Return the action tokenizer. Raises ValueError unless it has the sizes and the action statistics of the run."""
+    """Return the action tokenizer, with its `fingerprint`.
+
+    Raise ValueError unless it has the sizes and the action statistics of the run.
+    """
     folder = Path(config.tokenizer or datasets[0].find_beside("tokenizer"))
     command = functools.partial(shell_command, "python", "train_latent.py", "tokenizer", **_places(config))
     if not folder.exists():
@@ -209,6 +211,7 @@ def _load_tokenizer(config, datasets, chunk):
             f"{command(out=folder)}"
         )
     tokenizer = load_tokenizer(folder)
+    tokenizer.fingerprint = fingerprint(folder)
     expected = {"chunk": chunk, "action_sizes": action_sizes(datasets)}
     names = tokenizer.config.get("embodiments") or expected["action_sizes"]  # of one embodiment the name is not stored
     stored = {"chunk": tokenizer.config["chunk"], "action_sizes": dict(zip(names, tokenizer.action_sizes))}
@@ -216,8 +219,8 @@ def _load_tokenizer(config, datasets, chunk):
         raise ValueError(
             f"the action tokenizer in {folder} is for {stored}, but this run has {expected}; train one for it"
         )
-    stored_stats = json.loads((folder / "dataset_statistics.json").read_text())
-    entries = {entry["name"]: entry for entry in json.loads((folder / "config.json").read_text())["data"]}
+    stored_stats = read_json(folder / "dataset_statistics.json")
+    entries = {entry["name"]: entry for entry in read_json(folder / "config.json")["data"]}
     for dataset in datasets:
         spec = entries.get(dataset.name, {}).get("spec", {})
         if spec and spec.get("grippers", []) != to_dict(dataset.spec).get("grippers", []):

@@ -249,7 +249,8 @@ def add_losses(totals, losses, sources, dataset, accumulation):
         for kind, values in samples.items():
             values = values * dataset.labelled_share if kind == "action_loss" else values
             parts = torch.stack([values @ chosen, chosen.sum(0)])  # [2, sources]
-            sums |= {f"{kind}/{name}": part for name, part in zip(names, parts.T)}
+            kept = [source.labelled or kind != "action_loss" for source in dataset.sources]
+            sums |= {f"{kind}/{name}": part for name, part, known in zip(names, parts.T, kept) if known}
     for name, value in losses.items():
         totals["means"][name] = totals["means"].get(name, 0) + value.detach() / accumulation
     for name, value in sums.items():

@@ -25,7 +25,6 @@ batch.
 """
 
 import functools
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -56,7 +55,7 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, resolve_folder, shell_command, to_json, write_json
+from files import check_new_folder, git_commit, read_json, resolve_folder, shell_command, to_json, write_json
 from index import CACHE, changed_cache, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
@@ -223,7 +222,7 @@ def init_from_model(model, source):
     """Load `source` into `model`: a folder that `train_latent.py lam` made, or a checkpoint file of UniVLA.
 
     A model of the same stage is loaded whole, but for the action head. One of stage 1 gives stage 2 its encoder, its
-    decoder and its features, and its codes become the irrelevant ones. Raises FileNotFoundError, or ValueError listing
+    decoder and its features, and its codes become the irrelevant ones. Raise FileNotFoundError, or ValueError listing
     what does not fit.
     """
     source = Path(source)
@@ -388,7 +387,7 @@ def check_init_data(config, datasets):
     """
     if not config.init_from.is_dir():
         return
-    saved = json.loads((config.init_from / "config.json").read_text())
+    saved = read_json(config.init_from / "config.json")
     sizes = LamSizes(**saved["model"]["sizes"])
     for dataset in datasets:
         camera, saved_camera = camera_name(config, dataset), camera_name(sizes, dataset)
@@ -413,7 +412,7 @@ def check_init_data(config, datasets):
 def build_lam(config, datasets, ranks):
     """Return a `LatentActionModel` and a function (list of `Source`) -> its `FramePairs`.
 
-    Raises ValueError when the data or `config.init_from` does not fit.
+    Raise ValueError when the data or `config.init_from` does not fit.
     """
     sizes = LamSizes(**{field.name: getattr(config, field.name) for field in fields(LamSizes)})
     texts, text_size = None, 0
@@ -446,7 +445,7 @@ def build_lam(config, datasets, ranks):
 def build_tokenizer(config, datasets, ranks):
     """Return an `ActionTokenizer` and a function (list of `Source`) -> its `MaskedChunks`.
 
-    Raises ValueError for data without actions.
+    Raise ValueError for data without actions.
     """
     for dataset in datasets:
         if not dataset.action_size:
@@ -480,7 +479,7 @@ def make_sources(episodes):
 def train(config, ranks):
     """Train the model that `config` describes, save it in config.out and measure it on held-out episodes.
 
-    Raises ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
+    Raise ValueError, FileNotFoundError or FileExistsError before anything is written when a setting cannot work.
     """
     check(config, ranks.world)
     if isinstance(config, LamTraining):
@@ -559,7 +558,7 @@ def next_command(config, kind):
 def run_training(model, samples, config, ranks, resuming=False):
     """Train `model` for config.max_steps updates, log each, save every config.save_every and at the end.
 
-    Returns True at the end, False when a signal ended the training early, after a save. Raises FloatingPointError when
+    Returns True at the end, False when a signal ended the training early, after a save. Raise FloatingPointError when
     loss or gradient is no longer finite.
     """
     net = distribute(model, ranks)

@@ -10,7 +10,7 @@ import torch
 
 from checkpoint import trainable_tensors
 from files import load_tensors, read_json
-from lora import base_hash
+from lora import base_hash, lora_layers
 
 PARTS = {"backbone": "backbone", "queries": "placeholders", "head": "head", "latent_head": "latent head"}
 
@@ -32,6 +32,12 @@ def start_from(vla, run, embodiments):
     content = read_json(run / "config.json")
     if content.get("base_hash") != base_hash(vla):
         raise ValueError(f"init_from: {run} was trained on another backbone than {vla.config.backbone}")
+    alpha = content["model"]["lora_alpha"]
+    if lora_layers(vla) and alpha != vla.config.lora_alpha:
+        raise ValueError(
+            f"init_from: {run} has lora_alpha {alpha}, this run {vla.config.lora_alpha}: its low-rank updates would be "
+            "scaled differently"
+        )
     theirs = [entry.get("embodiment", "libero") for entry in content["data"]]
     same_robots = list(dict.fromkeys(theirs)) == list(dict.fromkeys(embodiments))
     taken = {part: [0, 0] for part in PARTS}  # part -> tensors taken, tensors

@@ -60,7 +60,7 @@ UNIVLA_SETS = {  # the same for its sets of codes, by stage
 def univla_tensors(path):
     """Return {name in `LatentActionModel`: tensor} of a checkpoint file of UniVLA, stage 1 or 2.
 
-    Raises ValueError when the file is damaged or no such checkpoint, or when it holds more than tensors: the message
+    Raise ValueError when the file is damaged or no such checkpoint, or when it holds more than tensors: the message
     says what, and how to save the weights alone.
     """
     state = {name: t for name, t in _load_state(path).items() if "text_encoder" not in name}
@@ -81,7 +81,7 @@ def univla_tensors(path):
 
 
 def _load_state(path):
-    """Return the state dict of a Lightning checkpoint. Raises ValueError as `univla_tensors` says."""
+    """Return the state dict of a Lightning checkpoint. Raise ValueError as `univla_tensors` says."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, KeyError, RuntimeError, IsADirectoryError) as error:

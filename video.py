@@ -55,7 +55,7 @@ class VideoIndex(Index):
 def open_index(path, cache=CACHE, on_fault=None):
     """Return the `VideoIndex` of a folder, read from `cache` if no file has changed since it was indexed.
 
-    on_fault: as of `data.open_index`. Raises ValueError for files that are no videos or have different sizes.
+    on_fault: as of `data.open_index`. Raise ValueError for files that are no videos or have different sizes.
     """
     directory = Path(path)
     files = video_files(directory)
@@ -101,7 +101,7 @@ def scan_files(directory, files, captions, writer, on_fault):
 
 
 def read_captions(directory, files):
-    """Return {file name: instruction} of captions.json, {} without. Raises ValueError for what is not such a file."""
+    """Return {file name: instruction} of captions.json, {} without. Raise ValueError for what is not such a file."""
     path = directory / "captions.json"
     if not path.exists():
         return {}

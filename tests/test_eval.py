@@ -704,10 +704,10 @@ def test_replay_goes_through_the_action_path(dataset):
 
 
 def test_replay_leaves_other_results_alone(rlds, cache, tmp_path):
-    """A file that the user names is never deleted: results of something else are refused as in an evaluation."""
+    """A file that the user names is never deleted, nor taken for the result: one that exists is refused."""
     path = write(tmp_path / "eval.jsonl", [record(0, True)])
     before = path.read_text()
-    with pytest.raises(ValueError, match="eval.jsonl has other results"):
+    with pytest.raises(ValueError, match="eval.jsonl, which exists; a replay begins anew"):
         evaluation.replay(evaluation.Config(replay=rlds, cache=cache, out=path))
     assert path.read_text() == before
 

@@ -50,15 +50,18 @@ def test_only_what_the_images_show_counts(dataset, tmp_path):
     opening = dataset.action(steps)[:, 6]
     alike = np.where(first, 3 * number - 0.2 * number**2, 5.0) + number * opening * first
     differs = np.random.default_rng(0).normal(size=dataset.num_episodes)[episodes]
-    left = probe_policy.what_is_left(known, np.stack([alike, alike + differs], 1), episodes, np.arange(4))
+    left = probe_policy.residuals(known, np.stack([alike, alike + differs], 1), episodes, np.arange(4))
     assert left[:, 0].std() < 0.05 * alike.std()
     assert np.corrcoef(left[:, 1], differs)[0, 1] > 0.7
 
 
-@pytest.mark.parametrize("settings", ({"episodes": 1}, {}, {"instructions": ("put the bowl on the plate",)}))
+PLATE = {"instructions": ("put the bowl on the plate",), "val_fraction": 0.4}
+
+
+@pytest.mark.parametrize("settings", ({"episodes": 1}, {}, PLATE))
 def test_table_of_a_run(settings, train_config, tmp_path):
-    """Its own episodes are those of the training; the errors are what training would measure; R2 is near 1 from the
-    targets themselves and near 0 from noise."""
+    """Its own episodes are those of the training, the held-out ones of the same instructions; the errors are what
+    training would measure; R2 is near 1 from the targets themselves and near 0 from noise."""
     config = train_config(tmp_path / "run", variant="la_align", max_steps=2, **settings)
     setup = prepare.prepare(config, ONE, set())
     folder = train.main(train_config(tmp_path / "again", variant="la_align", max_steps=2, **settings))
@@ -67,6 +70,8 @@ def test_table_of_a_run(settings, train_config, tmp_path):
     assert run.own.tolist() == setup.dataset.sources[0].episodes.tolist()
     for number, steps in setup.held_out:
         assert {steps[k] for k in range(len(steps))} <= set(probe_policy.episode_steps(run.dataset, run.held_out))
+    texts = settings.get("instructions", run.dataset.instructions())
+    assert all(run.dataset.instruction(run.dataset.starts[e]) in texts for e in run.held_out)
     samples = ActionChunks([run.dataset], [run.dataset.cameras], setup.vla.config.chunk)
     (row,) = probe_policy.main(asked)
     assert row["updates"] == "2" and ("L1 rest" in row) and (row["L1 rest"] != "") == ("episodes" in settings)
@@ -80,7 +85,7 @@ def test_table_of_a_run(settings, train_config, tmp_path):
     split = run.own, np.concatenate([run.rest, run.held_out])
     noise = probe_policy.probe_states(run.dataset, targets, states, *split)
     for column, (values, known, at) in enumerate(targets.values()):
-        left = probe_policy.what_is_left(known, values, probe_policy.episodes_of(run.dataset, at), run.own)
+        left = probe_policy.residuals(known, values, probe_policy.episodes_of(run.dataset, at), run.own)
         states[at, 3 * column : 3 * column + 3] = left
     known = probe_policy.probe_states(run.dataset, targets, states, *split)
     assert min(known.values()) > 0.9 and max(noise.values()) < 0.1
@@ -102,8 +107,8 @@ def test_runs_that_cannot_be_probed(train_config, tmp_path):
 
     refuses(ValueError, "had the actions of 0 episodes of 8", train={"episodes": 0, "data_fraction": 0})
     refuses(ValueError, "trained on made, made; only runs on one", sets=2)
-    refuses(ValueError, "trained with another description", data={"statistics": "x"})
-    refuses(ValueError, "trained on another made than", data={"fingerprint": "x"})
+    refuses(ValueError, "trained with a different description", data={"statistics": "x"})
+    refuses(ValueError, "trained on a different made than", data={"fingerprint": "x"})
     with pytest.raises(FileNotFoundError, match="it is not a run that train.py saved"):
         probe_policy.open_run(tmp_path, asked)
     (folder / "config.json").write_text(json.dumps(content))

@@ -11,7 +11,7 @@ import prepare
 import train
 from checkpoint import trainable_tensors
 from common import Ranks
-from files import load_tensors
+from files import load_tensors, save_tensors
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -103,3 +103,25 @@ def test_resumed_run_does_not_start_over(first, train_config, tmp_path):
     train.main(train_config(again, **settings, resume=True))
     one, other = (load_tensors(run / "model.safetensors")[0] for run in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_low_rank_updates_keep_their_scale(checkpoint, train_config, tmp_path):
+    """A run whose low-rank updates would count four times as much is refused."""
+    settings = dict(variant="baseline", backbone=str(checkpoint(torch.float32)), lora_rank=2, image_size=64)
+    first = train.main(train_config(tmp_path / "first", lora_alpha=4, max_steps=1, **settings))
+    started(train_config(tmp_path / "same", lora_alpha=4, init_from=str(first), **settings))
+    with pytest.raises(ValueError, match="first has lora_alpha 4, this run 16: its low-rank updates would be scaled"):
+        started(train_config(tmp_path / "other", lora_alpha=16, init_from=str(first), **settings))
+
+
+def test_resumed_run_keeps_its_tokenizer(train_config, tokenizer, tmp_path):
+    """A tokenizer that lies elsewhere continues a run of la_tok; one with other codes is refused."""
+    settings = dict(variant="la_tok", max_steps=4, save_every=2)
+    moved = shutil.copytree(tokenizer, tmp_path / "moved")
+    train.main(train_config(tmp_path / "run", **settings))
+    train.main(train_config(tmp_path / "run", resume=True, **settings | {"tokenizer": str(moved)}))
+    tensors, info = load_tensors(moved / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("codebook"))
+    save_tensors(moved / "model.safetensors", tensors | {name: tensors[name].flip(0)}, **info)
+    with pytest.raises(ValueError, match="trained with other settings: contents of the targets"):
+        train.main(train_config(tmp_path / "run", resume=True, **settings | {"tokenizer": str(moved)}))
