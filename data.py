@@ -49,7 +49,7 @@ class Dataset:
         self.name, self.directory, self.cache = index.name, index.directory, index.cache
         self.fingerprint, self.metadata = index.fingerprint, index.metadata
         self.starts, self.num_episodes = index.starts, index.num_episodes
-        self.episode_of, self.locate, self.find_beside = index.episode_of, index.locate, index.find_beside
+        self.episode_of, self.locate, self.find_shipped = index.episode_of, index.locate, index.find_shipped
         self.cameras = list(spec.cameras)
         self.action_size = part_size(index, spec.action)  # A; 0: video without actions
         self.state_size = part_size(index, spec.state)  # N; 0: there is no state
@@ -269,7 +269,7 @@ def open_dataset(path, cache=CACHE, spec="", on_fault=None):
     ValueError where no description fits; then the text proposes one.
     """
     index = open_index(path, cache, on_fault)
-    found, source = find_spec(index, spec, (path, *index.beside))
+    found, source = find_spec(index, spec, (path, *index.folders))
     if not found.cameras:
         raise ValueError(
             f"{index.name}, as described by {source}, has no camera. A policy needs one; name it in the spec."
@@ -339,7 +339,7 @@ class Config:
     data: tyro.conf.Positional[Path]
     """folder of a data set"""
     spec: str = ""
-    """description of the data: a JSON file or the name of a preset (default: spec.json beside it, or what fits)"""
+    """description of the data: a JSON file or the name of a preset (default: spec.json next to it, or what fits)"""
     cache: Path = CACHE
     """where indices are kept"""
     check: bool = False

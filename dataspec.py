@@ -1,6 +1,6 @@
 """What a data set means: which features are cameras, state, action, gripper and instruction, in which convention.
 
-A `DataSpec` is the whole description, and a small JSON file. It comes from `--spec FILE`, from `spec.json` beside the
+A `DataSpec` is the whole description, and a small JSON file. It comes from `--spec FILE`, from `spec.json` next to the
 data, or from a preset whose features all match by name and shape; nothing else is ever assumed. What it says is checked
 against the values of the data, and a mismatch is refused with both readings. Where nothing fits, the error prints a
 proposal.
@@ -310,13 +310,13 @@ def _matches(spec, index):
 # Choosing the spec of a data set
 
 
-def find_spec(index, chosen="", beside=()):
+def find_spec(index, chosen="", folders=()):
     """Return (the `DataSpec` of a data set, where it comes from), checked against the features.
 
-    chosen: a JSON file or the name of a preset, "" for none; beside: folders in which spec.json is looked for. Raises
+    chosen: a JSON file or the name of a preset, "" for none; folders: those in which spec.json is looked for. Raise
     FileNotFoundError, or ValueError that says what does not fit, with a proposal where there is no description at all.
     """
-    spec, source = _choose_spec(index, str(chosen), beside)
+    spec, source = _choose_spec(index, str(chosen), folders)
     spec = copy.deepcopy(spec)
     if spec.latents and spec.latents.get("codes") not in index.features and source in PRESETS:
         spec.latents = {}  # only the paper's release has them
@@ -324,14 +324,14 @@ def find_spec(index, chosen="", beside=()):
     return spec, source
 
 
-def _choose_spec(index, chosen, beside):
+def _choose_spec(index, chosen, folders):
     if chosen in PRESETS:
         return PRESETS[chosen], chosen
     if chosen:
         if not Path(chosen).is_file():
             raise FileNotFoundError(f"spec {chosen} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
         return read_spec(chosen), chosen
-    for folder in beside:
+    for folder in folders:
         if (Path(folder) / "spec.json").is_file():
             return read_spec(Path(folder) / "spec.json"), str(Path(folder) / "spec.json")
     presets = matching_presets(index)
@@ -455,7 +455,7 @@ def _readings(gripper, smallest, largest):
         f"Either it is a gripper with the ends {ends}: say which is open, "
         f'{{"index": {gripper.index}, "open": {largest:g}, "closed": {smallest:g}}} or '
         f'{{"index": {gripper.index}, "open": {smallest:g}, "closed": {largest:g}}}; or it is none: leave it out of '
-        '"grippers". Save the description, so corrected, as spec.json beside the data, or give it with --spec:'
+        '"grippers". Save the description, so corrected, as spec.json next to the data, or give it with --spec:'
     )
 
 

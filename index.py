@@ -189,14 +189,14 @@ class Index:
         return len(self.starts) - 1
 
     @property
-    def beside(self):
+    def folders(self):
         """The folders in which a description, labels and a tokenizer of the data set are looked for, in order."""
         folder = named_folder(self.directory)
         return [folder.parent, folder] if VERSION.fullmatch(folder.name) else [folder]
 
-    def find_beside(self, name):
-        """Return the file or folder `name` beside the data set: the first that exists, else where it would be."""
-        places = [folder / name for folder in self.beside]
+    def find_shipped(self, name):
+        """Return the file or folder `name` next to the data set: the first that exists, else where it would be."""
+        places = [folder / name for folder in self.folders]
         return next((place for place in places if place.exists()), places[0])
 
     def paths(self, kind):
@@ -295,7 +295,7 @@ def changed_cache(config):
 
 
 class IndexWriter:
-    """Writes arrays that grow by an episode at a time, and what an `Index` needs beside them, in bounded memory.
+    """Writes arrays that grow by an episode at a time, and what an `Index` needs next to them, in bounded memory.
 
     Everything goes to a temporary folder, which `finish` renames: a reader never sees half an index.
     """

@@ -46,7 +46,7 @@ class Config:
     out: Path | None = None
     """file to write; default: the folder of the cached index, where training looks when the data ships no labels"""
     spec: str = ""
-    """description of the data: a JSON file or the name of a preset (default: spec.json beside it, or what fits)"""
+    """description of the data: a JSON file or the name of a preset (default: spec.json next to it, or what fits)"""
     cache: Path = CACHE
     """where indices are kept"""
     batch_size: int = 64
@@ -193,7 +193,7 @@ def write_parts(dataset, model, groups, folder, metadata, config, ranks):
 
 
 def join_parts(paths, metadata, steps):
-    """Return ({"codes": u8 [S, P], "vectors": f16 [S, P, d]} of all parts, mapped from files beside them; code counts).
+    """Return ({"codes": u8 [S, P], "vectors": f16 [S, P, d]} of all parts, mapped from their files; code counts).
 
     Waits for the parts of other processes. steps: S; counts: i64 [P, K], how often each code occurs at each position.
     """

@@ -361,7 +361,7 @@ def describe_data(dataset, cameras, sides, instructions=()):
         entry["tasks"] = sorted({task for task, step in recorded if dataset.instruction(step) in entry["instructions"]})
         entry["widen"] = round(metadata["widen"][0], 6)
         entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
-    note = dataset.find_beside("expert.json")
+    note = dataset.find_shipped("expert.json")
     if note.exists():
         entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
     return entry

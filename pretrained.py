@@ -28,7 +28,7 @@ def text_tokenizer(backbone):
         if number not in tokenizer.added_tokens_decoder:
             raise ValueError(
                 f"the tokenizer of {backbone} has no special token {number}, the {name} of its config; "
-                "put the tokenizer files of the same Qwen3-VL release beside the weights"
+                "put the tokenizer files of the same Qwen3-VL release next to the weights"
             )
     tokenizer.chat_template = tokenizer.chat_template or separate_chat_template(backbone)
     if not tokenizer.chat_template:

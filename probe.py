@@ -76,7 +76,7 @@ class Config:
     cache: Path = CACHE
     """where indices are kept"""
     spec: str = ""
-    """description of the data: a JSON file or the name of a preset (default: spec.json beside it, or what fits)"""
+    """description of the data: a JSON file or the name of a preset (default: spec.json next to it, or what fits)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

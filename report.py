@@ -410,7 +410,7 @@ def draw_lines(axis, results, x, variants):
         own = sorted((r for r in results if r["group"]["variant"] == variant), key=lambda r: r["group"][x])
         if not own:
             continue
-        places = [result["group"][x] * 1.015**number for result in own]  # beside each other
+        places = [result["group"][x] * 1.015**number for result in own]  # not on top of each other
         rates = np.array([result["success"] for result in own])
         ends = np.array([result["ci95"] for result in own])
         colour = f"C{number}"

@@ -187,7 +187,7 @@ def _version_folders(path):
 def read_features(directory):
     """Return features.json as {name in the records: Feature}, without the kinds that are not read.
 
-    Names that do not begin with "steps/" belong to whole episodes; of these, numbers and texts are read. Raises
+    Names that do not begin with "steps/" belong to whole episodes; of these, numbers and texts are read. Raise
     ValueError where it is no JSON object.
     """
     features = {}

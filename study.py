@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 TRIES = 2  # of a cell that crashes, in one call
 CONTROL_TRIALS = 10  # starts of each task and control
 DATA = Path("data/libero_tiny")
-STOPPED = "stopped"  # what becomes of a cell after Ctrl-C or SIGTERM
+INTERRUPTED = "interrupted"  # what becomes of a cell after Ctrl-C or SIGTERM
 
 
 @dataclass
@@ -332,7 +332,7 @@ class Runner:
                 for words in (*training_commands(config, cell), playing_command(config, cell)):
                     status = self.run_command(words, output, lock)
                     if self.stopping.is_set():
-                        return STOPPED
+                        return INTERRUPTED
                     if status or ("train.py" in words and not trained_whole(words)):
                         name = "train.py" if "train.py" in words else "eval.py"
                         return f"{name} ended with status {status}, unfinished; see {folder / 'output.txt'}"
@@ -342,7 +342,7 @@ class Runner:
             for control in missing_controls(cell, content):
                 status = self.run_command(playing_command(config, cell, control), output, lock)
                 if self.stopping.is_set():
-                    return STOPPED
+                    return INTERRUPTED
                 if status:
                     return f"eval.py with {control} ended with status {status}; see {folder / 'output.txt'}"
                 content["played"]["controls"][control] = outcomes(read_trials(result_file(config, cell, control)))
@@ -365,7 +365,7 @@ class Runner:
                         fault = f"{type(error).__name__}: {error}"
                     if not fault:
                         break
-                    if fault != STOPPED:
+                    if fault != INTERRUPTED:
                         write_json(cell_folder(self.config, cell) / "fault.json", {"fault": fault})
                 self.report_cell(cell, fault)
 
@@ -377,7 +377,7 @@ class Runner:
             (cell_folder(self.config, cell) / "fault.json").unlink(missing_ok=True)
         self.done += 1
         left = (time.time() - self.began) / self.done * (self.total - self.done)
-        note = f"; about {left / 60:.0f} minutes left" if fault != STOPPED else ""
+        note = f"; about {left / 60:.0f} minutes left" if fault != INTERRUPTED else ""
         print(f"{self.done} of {self.total}: {cell.name}: {fault or 'done'}{note}", flush=True)
 
 

@@ -47,11 +47,11 @@ class Labels:
 
 
 def label_path(dataset, data):
-    """Return the default label file of a data set: beside it if one exists there, else in the cache.
+    """Return the default label file of a data set: next to it if one exists there, else in the cache.
 
     data: the folder that was given for the data set.
     """
-    for shipped in (Path(data) / "labels.safetensors", dataset.find_beside("labels.safetensors")):
+    for shipped in (Path(data) / "labels.safetensors", dataset.find_shipped("labels.safetensors")):
         if shipped.exists():
             return shipped
     return dataset.cache / "labels.safetensors"
@@ -203,7 +203,7 @@ def _load_tokenizer(config, datasets, chunk):
 
     Raise ValueError unless it has the sizes and the action statistics of the run.
     """
-    folder = Path(config.tokenizer or datasets[0].find_beside("tokenizer"))
+    folder = Path(config.tokenizer or datasets[0].find_shipped("tokenizer"))
     command = functools.partial(shell_command, "python", "train_latent.py", "tokenizer", **_places(config))
     if not folder.exists():
         raise FileNotFoundError(

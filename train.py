@@ -8,8 +8,8 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
 A run is one folder: config.json, dataset_statistics.json, model.safetensors (trainable weights), log.jsonl (one object
-per step) and training-<step>.safetensors (what --resume needs). The global batch of a step is a pure function of
-(seed, step), so one process, n processes and any accumulation train alike, to rounding.
+per update) and training-<step>.safetensors (what --resume needs). The global batch of an update is a pure function
+of (seed, update), so one process, n processes and any accumulation train alike, to rounding.
 """
 
 from contextlib import nullcontext
@@ -66,7 +66,7 @@ class Config:
     data: tuple[Path, ...] = (Path("data/libero_tiny"),)
     """data sets, one folder each: RLDS, LeRobot, or MP4 files"""
     spec: tuple[str, ...] = ()
-    """description of each data set: a JSON file or a preset's name (default: spec.json beside it, or what fits)"""
+    """description of each data set: a JSON file or a preset's name (default: spec.json next to it, or what fits)"""
     data_weights: tuple[float, ...] = ()
     """how often each data set's samples occur in an epoch (default: once)"""
     instructions: tuple[str, ...] = ()
@@ -88,9 +88,9 @@ class Config:
     cache: Path = CACHE
     """where indices and labels are kept"""
     labels: tuple[Path, ...] = ()
-    """latent label file of each data set (default: beside the data, else in the cache)"""
+    """latent label file of each data set (default: next to the data, else in the cache)"""
     tokenizer: str = ""
-    """folder of the action tokenizer for la_tok (default: tokenizer/ beside the data)"""
+    """folder of the action tokenizer for la_tok (default: tokenizer/ next to the data)"""
     delta: int = 0
     """frames between the two images of a latent action (default: what the label file says)"""
     align_target: Literal["continuous", "quantised"] = "continuous"
@@ -135,21 +135,21 @@ class Config:
     """ablation: action placeholders per chunk step of the baseline"""
 
     global_batch_size: int = 16
-    """samples per optimizer step, over all processes"""
+    """samples per update, over all processes"""
     per_device_batch_size: int = 0
     """samples per forward pass of one process (default: all of its share)"""
     gradient_checkpointing: bool = False
     """keep only the inputs of the backbone's layers for the backward pass: less memory, about a third more work"""
     compile: bool = False
-    """compile backbone and head: minutes at the start, faster steps"""
+    """compile backbone and head: minutes at the start, faster updates"""
     learning_rate: float = 1e-3
     """peak learning rate (the paper: 1e-4 with a pretrained backbone)"""
     lr_scheduler: Literal["constant", "step", "cosine"] = "cosine"
-    """constant, halved every --lr-decay-every steps (the paper), or cosine to 1 %"""
+    """constant, halved every --lr-decay-every updates (the paper), or cosine to 1 %"""
     lr_decay_every: int = 10_000
-    """steps between halvings of the step schedule"""
+    """updates between halvings of the step schedule"""
     warmup_ratio: float = 0.01
-    """share of the steps in which the learning rate rises from 0"""
+    """share of the updates in which the learning rate rises from 0"""
     ema: float = -1.0
     """decay of the moving average of the weights, which is what is evaluated (0: none, the last weights;
     default: 0.998 for backbones that start from random weights, none for pretrained ones)"""
@@ -169,11 +169,11 @@ class Config:
     val_fraction: float = 0.05
     """share of the episodes held out; their action L1 is logged"""
     val_every: int = 1000
-    """steps between evaluations on held-out episodes"""
+    """updates between evaluations on held-out episodes"""
     save_every: int = 1000
-    """steps between saves"""
+    """updates between saves"""
     eval_every: int = 0
-    """steps between evaluations of saves in simulators, while training goes on (default: none)"""
+    """updates between evaluations of saves in simulators, while training goes on (default: none)"""
     eval_trials: int = 5
     """trials of each task in each of these"""
     eval_flags: str = ""
@@ -181,7 +181,7 @@ class Config:
     keep: int = 2
     """saves that stay: should the newest be damaged, the one before it is taken"""
     max_skipped: int = 10
-    """steps in a row that may be skipped because a loss or a gradient is not finite; then the run stops"""
+    """updates in a row that may be skipped because a loss or a gradient is not finite; then the run ends"""
     timeout: int = 600
     """seconds to wait for a data worker or another process before the run ends with an error"""
     seed: int = 0
@@ -291,11 +291,11 @@ def count_skipped(entries, skipped, config, setup):
     for entry in entries:
         skipped = skipped + 1 if entry["skipped"] else 0
         if skipped:
-            print0(f"WARNING: step {entry['step']} skipped: its loss or gradient is not finite")
+            print0(f"WARNING: update {entry['step']} skipped: its loss or gradient is not finite")
         if skipped == config.max_skipped:
             samples = nonfinite_samples(config, setup, entry["step"])
             raise FloatingPointError(
-                f"loss or gradient not finite in {skipped} steps in a row (--max-skipped). Look at step "
+                f"loss or gradient not finite in {skipped} updates in a row (--max-skipped). Look at update "
                 f"{entry['step']}: {samples}. If nothing is wrong there, lower --learning-rate."
             )
     return skipped
@@ -351,7 +351,7 @@ def main(config):
     trained = sum(parameter.numel() for parameter in vla.parameters() if parameter.requires_grad)
     print0(
         f"{config.variant}: {trained:,} trained parameters, {dataset.epoch_length:,} samples an epoch, "
-        f"{steps} steps of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
+        f"{steps} updates of {config.global_batch_size} on {ranks.world} x {ranks.device.type}"
     )
 
     meter = Meter()

@@ -282,7 +282,7 @@ class Training:
     data: list[Path]
     """data sets, one folder each: RLDS, LeRobot, or MP4 files"""
     spec: tuple[str, ...] = ()
-    """description of each data set: a JSON file or a preset's name (default: spec.json beside it, or what fits)"""
+    """description of each data set: a JSON file or a preset's name (default: spec.json next to it, or what fits)"""
     out: Path
     """new folder for the model: config.json, model.safetensors, dataset_statistics.json, log.jsonl"""
     resume: bool = False

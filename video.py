@@ -1,6 +1,6 @@
 """A folder of MP4 files as a data set: one episode each, without states or actions.
 
-`captions.json` beside them may hold an instruction for each file: {"name.mp4": "text"}. Frames are decoded in place.
+`captions.json` next to them may hold an instruction for each file: {"name.mp4": "text"}. Frames are decoded in place.
 Features: "video" (image) and "caption" (text).
 """
 
@@ -106,7 +106,7 @@ def read_captions(directory, files):
     if not path.exists():
         return {}
     captions = read_json(path)
-    expected = f'{path} must be {{"name.mp4": "text"}} of the files beside it'
+    expected = f'{path} must be {{"name.mp4": "text"}} of the files next to it'
     if unknown := sorted(captions.keys() - {file.name for file in files}):
         raise ValueError(f"{expected}; there is no file {', '.join(unknown[:5])}")
     for name, text in captions.items():

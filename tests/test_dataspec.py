@@ -147,18 +147,18 @@ def test_first_of_option_file_and_preset_is_used(tmp_path):
     index = libero_index(tmp_path)
     version = tmp_path / "1.0.0"
     version.mkdir()
-    beside = (tmp_path, version)
-    assert find_spec(index, "", beside) == (replace(LIBERO, latents={}), "libero")
+    folders = (tmp_path, version)
+    assert find_spec(index, "", folders) == (replace(LIBERO, latents={}), "libero")
     for folder in (version, tmp_path):
         own = replace(LIBERO, latents={}, embodiment=f"in {folder.name}")
         (folder / "spec.json").write_text(format_spec(own))
-        assert find_spec(index, "", beside) == (own, str(folder / "spec.json"))
+        assert find_spec(index, "", folders) == (own, str(folder / "spec.json"))
     chosen = tmp_path / "other.json"
     chosen.write_text(format_spec(replace(LIBERO, latents={}, embodiment="other")))
-    assert find_spec(index, chosen, beside)[0].embodiment == "other"
-    assert find_spec(index, "jaka", beside)[1] == "jaka" and find_spec(index, "libero", beside)[1] == "libero"
+    assert find_spec(index, chosen, folders)[0].embodiment == "other"
+    assert find_spec(index, "jaka", folders)[1] == "jaka" and find_spec(index, "libero", folders)[1] == "libero"
     with pytest.raises(FileNotFoundError, match="spec nowhere.json is neither a file nor a preset; presets are libero"):
-        find_spec(index, "nowhere.json", beside)
+        find_spec(index, "nowhere.json", folders)
 
 
 def test_preset_that_is_not_chosen_is_not_changed(tmp_path):

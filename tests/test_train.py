@@ -558,7 +558,7 @@ def test_too_many_steps_that_are_not_finite(times, listed, dataset, fifth, train
     """The run stops and says which samples of the last step are to blame: all when each alone is sound."""
     poisoned("actions", math.nan, fifth, monkeypatch, times)
     flags = dict(variant="baseline", max_steps=3, max_skipped=1)
-    with pytest.raises(FloatingPointError, match=r"1 steps in a row \(--max-skipped\)") as caught:
+    with pytest.raises(FloatingPointError, match=r"1 updates in a row \(--max-skipped\)") as caught:
         train.main(train_config(tmp_path / "run", **flags))
     episode = int(np.searchsorted(dataset.starts, fifth, "right")) - 1
     found = re.findall(r"tfrecord-\S+: step (\d+) of episode (\d+)", str(caught.value))

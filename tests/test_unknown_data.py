@@ -38,7 +38,7 @@ def test_version_folder_finds_what_lies_beside(given, where, rlds, labels, token
     dataset = data.open_dataset(path, tmp_path / "cache")
     assert dataset.name == "made" and dataset.spec.embodiment == "mine"
     assert targets.label_path(dataset, path).read_bytes() == labels.read_bytes()
-    assert (dataset.find_beside("tokenizer") / "config.json").exists()
+    assert (dataset.find_shipped("tokenizer") / "config.json").exists()
     assert prepare.describe_data(dataset, ["image"], [0])["expert"] == [{"task": 8}]
 
 
@@ -48,7 +48,7 @@ def test_missing_tokenizer_is_made_beside_the_data(rlds, cache, train_config, tm
         train.main(train_config(tmp_path / "run", variant="la_tok", tokenizer="", data=(rlds / "1.0.0",)))
     flat = shutil.copytree(rlds / "1.0.0", tmp_path / "flat")
     (tmp_path / "expert.json").write_text("{}")
-    assert data.open_dataset(flat, cache).find_beside("expert.json") == flat / "expert.json"
+    assert data.open_dataset(flat, cache).find_shipped("expert.json") == flat / "expert.json"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -129,9 +129,9 @@ def test_file_names_in_capitals(copy, cache):
 WRONG_CAPTIONS = {
     "unknown files": (
         {"a.mp4": "x", "c.mp4": "y", "b": "z"},
-        r'must be {"name.mp4": "text"} of the files beside it; there is no file b, c.mp4',
+        r'must be {"name.mp4": "text"} of the files next to it; there is no file b, c.mp4',
     ),
-    "no text": ({"a.mp4": "x", "b.mp4": ["y"]}, r"must .* of the files beside it; that of b.mp4 is \['y'\]"),
+    "no text": ({"a.mp4": "x", "b.mp4": ["y"]}, r"must .* of the files next to it; that of b.mp4 is \['y'\]"),
     "a list": (["x", "y"], r"holds \['x', 'y'\], not an object"),
 }
 
