@@ -243,7 +243,7 @@ def chunk_steps(starts, step, chunk):
 
 
 def action_chunk(dataset, steps, valid):
-    """Return normalised actions f32 [H, A] of `chunk_steps`: past the end relative motion is 0, the rest repeats."""
+    """Return normalised actions f32 [H, A] of `chunk_steps`. Past the end, which has no loss, relative ones are 0."""
     actions = dataset.normalised_action(steps)
     if not valid.all():
         lasting = set(dataset.spec.absolute) | {gripper.index for gripper in dataset.spec.grippers}
