@@ -184,9 +184,9 @@ class ActionChunks(ShuffledSteps):
         dataset = self.datasets[source.dataset]
         weight = torch.zeros(self.action_size)
         if source.labelled:
-            weight[: dataset.action_size] = self.action_size / dataset.action_size / self.labelled_share
+            weight[: dataset.action_size] = self.action_size / dataset.action_size / (self.labelled_share or 1)
         entries = {"action_weight": weight}
-        if len(self.sources) > 1:
+        if len(self.sources) > 1 or len(self.names) > 1:
             entries["source"] = torch.tensor(number)
             entries["embodiment"] = torch.tensor(self.names.index(dataset.spec.embodiment))
             entries["num_cameras"] = torch.tensor(len(self.cameras[source.dataset]))

@@ -108,7 +108,7 @@ def all_sum(tensor):
 
 
 def all_mean(tensor):
-    """Return the mean of `tensor` over all processes."""
+    """Return the mean of `tensor`, which is overwritten, over all processes."""
     return all_sum(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 

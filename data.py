@@ -312,6 +312,8 @@ def check_embodiments(datasets):
             "action sizes": (other, dataset.action_size, other.action_size),
             "state sizes": (other, dataset.state_size, other.state_size),
             "absolute dimensions": (other, spec.absolute, other.spec.absolute),
+            "normalisations": (other, spec.normalisation, other.spec.normalisation),
+            "unchanged dimensions": (other, spec.unchanged, other.spec.unchanged),
             "grippers": (other, [each.index for each in spec.grippers], [each.index for each in other.spec.grippers]),
         }
         for name, (compared, own, expected) in pairs.items():

@@ -168,8 +168,8 @@ def check_dataset(config, open_dataset):
     """Print all faults of a data set: errors, then warnings (odd, but usable). Return the number of errors.
 
     config: `data`, `cache` and `spec`, as of the command; open_dataset: data.open_dataset. Reads every record, image,
-    number and text, and the labels if there are any; writes nothing. Raise where not even the files of the data set
-    can be listed.
+    number and text, and the labels if there are any; writes nothing but statistics where the data is indexed already.
+    Raise where not even the files of the data set can be listed.
     """
     errors = []
     warnings = []
@@ -193,7 +193,8 @@ def check_dataset(config, open_dataset):
             warnings += [*odd_images(dataset), *odd_numbers(dataset)]
         if labels_may_fit:
             path = label_path(dataset, config.data)
-            any_delta = 1 if dataset.spec.latents and not path.exists() else 0  # which the data may not state
+            unstated = dataset.spec.latents and "delta" not in dataset.spec.latents and not path.exists()
+            any_delta = 1 if unstated else 0
             errors += _raised(load_labels, dataset, path, any_delta)
     errors = list(dict.fromkeys(map(str, errors)))
     for fault in errors:
@@ -257,6 +258,12 @@ def odd_numbers(dataset):
         if stop - start > 1 and (actions == actions[0]).all():
             file, _ = dataset.locate(start)
             yield f"{file}: the action never changes in the {stop - start} steps of episode {episode}"
+    for place, steps in (("first", dataset.starts[:-1]), ("last", dataset.starts[1:] - 1)):
+        if largest.any() and not any(dataset.stored_action(slice(step, step + 1)).any() for step in steps):
+            yield (
+                f"{dataset.directory}: the {place} action of every episode is 0; if it was never executed, leave that "
+                "step out of the data, because it is trained as an action"
+            )
     for dimension in rare_motions(dataset.stats["action"]):
         yield f"{dataset.directory}: dimension {dimension} of the action rarely moves: normalised by its min and max"
     for gripper, between in zip(dataset.spec.grippers, dataset.gripper_shares()[2]):

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import init_distributed, shutdown_distributed
+from common import all_sum, init_distributed, shutdown_distributed
 from data import open_dataset
 from files import check_writable, make_folder, map_tensors, save_tensors, shell_command
 from index import CACHE, changed_cache
@@ -133,15 +133,19 @@ def main(config, ranks):
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
     dataset = open_dataset(config.data, config.cache, config.spec)
     out = config.out or dataset.cache / "labels.safetensors"
-    if out.exists():
+    if all_sum(torch.tensor(int(out.exists()), device=ranks.device)):  # asked by all before the first writes it
         raise FileExistsError(f"{out} exists. Delete it to label again, or choose another --out.")
     check_writable(out.parent, "--out")
     model = load_lam(config.lam).to(ranks.device)
     check_frames(model.sizes, dataset)
     folder = out.with_name(out.name + ".parts")
     make_folder(folder, "--out")
+    all_sum(torch.zeros(1, device=ranks.device))  # the first removes the folder when all is labelled
+    camera = camera_name(model.sizes, dataset)
     metadata = {
         "data": dataset.fingerprint,
+        "camera": str(dataset.spec.cameras[camera]),
+        "image_fit": str(dataset.spec.image_fit),
         "lam": fingerprint(config.lam),
         "delta": str(model.sizes.delta),
         "num_codes": str(model.num_codes),

@@ -10,7 +10,8 @@ Several embodiments share all of the first but the output layer of its action he
 The commands lie elsewhere: train_latent.py trains both, label.py labels a data set with the image-based model, probe.py
 measures both on held-out episodes. univla.py reads UniVLA's checkpoints, quantiser.py holds the codebooks.
 
-Two departures from UniVLA, each with a flag that undoes it. The decoder predicts the change of the patches, so that it
+Three departures from UniVLA, each with a flag that undoes it. The codebook is a moving average of the encoder's outputs
+instead of trained by a loss (`--codebook loss`). The decoder predicts the change of the patches, so that it
 starts as a copy of the current frame (`--no-predict-change`). The encoder's outputs are normalised and c is centred for
 each code position, so that all positions share the whole codebook and c points in different directions for different
 motions (`--no-centre`; stage 1 on data/libero_tiny, held-out episodes: 13 to 14 of 16 codes in use at each position,

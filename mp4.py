@@ -27,7 +27,10 @@ class FrameTable(NamedTuple):
 
 
 def scan_video(path):
-    """Return the `FrameTable` of a video file, read once without decoding. Raise ValueError, without its name."""
+    """Return the `FrameTable` of a video file, of which only the first frame is decoded.
+
+    Raise ValueError, without its name, for one that is damaged, or that players rotate.
+    """
     import av  # 25 MB of libraries, which data without videos does without
 
     try:
@@ -36,10 +39,17 @@ def scan_video(path):
             packets = (packet for packet in container.demux(stream) if packet.pts is not None and packet.size)
             rows = sorted((p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in packets)
             time_base, size = float(stream.time_base), (stream.height, stream.width)
+            container.seek(0)
+            first = next(container.decode(stream), None)
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"it is no video, or a damaged one: {error}") from error
     if any(is_corrupt for *_, is_corrupt in rows):
         raise ValueError(f"the video is damaged: it ends within frame {len(rows)}, or before")
+    if first is not None and first.rotation:
+        raise ValueError(
+            f"its metadata says that players rotate it by {first.rotation} degrees; write it upright: "
+            "ffmpeg -i VIDEO UPRIGHT.mp4"
+        )
     times, is_key, is_discarded = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3).T
     keys = np.where(is_key, times, np.iinfo(np.int64).min)
     keys = np.maximum.accumulate(keys)

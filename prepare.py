@@ -27,7 +27,7 @@ from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
 from model import VARIANTS, VLA, ModelConfig, check_model_config
-from normalise import statistics_hash
+from normalise import rare_motions, statistics_hash
 from pretrained import text_tokenizer
 from targets import load_targets
 from tiny import SIZES
@@ -67,6 +67,13 @@ def prepare(config, ranks, free_to_change):
         print0(describe_reading(dataset))
         if not all(text.strip() for text in dataset.instructions()):
             print0(f"WARNING: {dataset.name} has episodes whose instruction is empty")
+        actions = dataset.stats["action"] if dataset.action_size else {}
+        for number in rare_motions(actions) if actions else ():
+            low, high, q01, q99 = (actions[name][number] for name in ("min", "max", "q01", "q99"))
+            print0(
+                f"WARNING: {dataset.name}: dimension {number} of the action is normalised by its smallest and largest "
+                f"value, {low:g} and {high:g}, as 98 % of its values lie from {q01:g} to {q99:g}"
+            )
     cameras = [choose_cameras(config, dataset) for dataset in datasets]
     chunk = choose_chunk(config.chunk, datasets)
     splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
@@ -75,6 +82,9 @@ def prepare(config, ranks, free_to_change):
     sources = make_sources(config, datasets, [training for training, _ in splits])
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
+    for source, name, count in zip(dataset.sources, dataset.source_names, dataset.counts):
+        if source.weight and not count:
+            raise ValueError(f"{name} has so small a weight, {source.weight:g}, that no step of it is in an epoch")
     held_out = held_out_steps(dataset, [held for _, held in splits])
     steps = count_steps(to_json(config), dataset)
     torch.manual_seed(config.seed)

@@ -18,12 +18,9 @@ import torch
 
 from dataspec import to_dict
 from files import locate_tensors, read_json, shell_command
-from index import Column, changed_cache
+from index import ROWS, Column, changed_cache
 from latent import fingerprint, load_tokenizer
 from normalise import Normaliser
-
-CHECKED_AT_ONCE = 1 << 16  # steps
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Latent labels of one data set
@@ -98,7 +95,10 @@ def _labels_from_file(dataset, path, delta):
 
 def _labels_from_features(dataset, delta):
     latents = dataset.spec.latents
-    delta = delta or latents.get("delta", 0)
+    stated = latents.get("delta", 0)
+    if delta and stated and delta != stated:
+        raise ValueError(f"{dataset.name} is described with delta {stated}, but --delta is {delta}")
+    delta = delta or stated
     if not delta:
         raise ValueError(
             f"{dataset.name} carries {latents['codes']} but not its horizon; state it (paper's release: --delta 11)"
@@ -129,8 +129,8 @@ def _check_labels(labels, source, remedy):
         )
     if labels.delta < 1:
         raise ValueError(f"{source}: delta is {labels.delta}; it must be at least 1. {remedy}")
-    for start in range(0, len(codes), CHECKED_AT_ONCE):
-        part = np.asarray(codes[start : start + CHECKED_AT_ONCE])
+    for start in range(0, len(codes), ROWS):
+        part = np.asarray(codes[start : start + ROWS])
         low, high = part.min(), part.max()
         whole = (part == np.floor(part)).all()
         if not whole or low < 0 or high >= labels.num_codes:
@@ -141,7 +141,7 @@ def _check_labels(labels, source, remedy):
                 f"{source}: codes go from {low:g} to {high:g}{counted}; they must be whole numbers from 0 to "
                 f"{labels.num_codes - 1}. {remedy}"
             )
-        finite = np.isfinite(vectors[start : start + CHECKED_AT_ONCE]).all((1, 2))
+        finite = np.isfinite(vectors[start : start + ROWS]).all((1, 2))
         if not finite.all():
             raise ValueError(f"{source}: the vector of step {start + np.argmin(finite)} is not finite. {remedy}")
 
@@ -246,14 +246,16 @@ def _same_bounds(stats, expected):
     if not stats or len(stats["q01"]) != len(expected["q01"]):
         return False
     first, second = Normaliser(stats), Normaliser(expected)
-    return bool(np.allclose(first.low, second.low, rtol=1e-5) and np.allclose(first.range, second.range, rtol=1e-5))
+    alike = np.allclose(first.low, second.low, rtol=1e-5) and np.allclose(first.range, second.range, rtol=1e-5)
+    return bool(alike and np.array_equal(first.mask, second.mask) and first.clip == second.clip)
 
 
 @torch.no_grad()
 def add_action_codes(batch, tokenizer):
     """Return `batch` with the codes i64 [B, H, 1] and vectors f32 [B, H, 1, d] of its chunks: the targets of la_tok.
 
-    batch: actions f32 [B, H, A] normalised, valid bool [B, H] and embodiment i64 [B]; tokenizer: an `ActionTokenizer`.
+    batch: actions f32 [B, H, A] normalised, valid bool [B, H] and, of several, embodiment i64 [B]; tokenizer: an
+    `ActionTokenizer`.
     """
     codes, vectors = tokenizer.encode(batch["actions"], batch["valid"], batch.get("embodiment"))
     return batch | {"codes": codes[:, :, None], "vectors": vectors[:, :, None]}

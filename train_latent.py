@@ -645,7 +645,9 @@ def summarise(results, num_codes):
     results: one per batch, each with `codes` i64 [N, P]; usage and perplexity are lists, one entry per code position.
     """
     names = [name for name in results[0] if name != "codes"]
-    means = torch.stack([torch.stack([result[name].detach() for name in names]) for result in results]).mean(0)
+    values = torch.stack([torch.stack([result[name].detach() for name in names]) for result in results])
+    sizes = values.new_tensor([len(result["codes"]) for result in results])
+    means = sizes @ values / sizes.sum()
     counts = code_counts(torch.cat([result["codes"] for result in results]), num_codes)
     used, perplexity = code_usage(all_sum(counts))
     entry = dict(zip(names, all_mean(means).tolist(), strict=True))

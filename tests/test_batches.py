@@ -138,6 +138,8 @@ def test_smaller_actions_are_padded_and_weigh_as_much(dataset):
     assert (item["actions"][:, 5:] == 0).all() and (item["proprio"][3:] == 0).all()
     assert np.allclose(item["action_weight"], [7 / 5] * 5 + [0, 0])
     assert np.isclose(item["action_weight"].sum(), chunks.sample(0, 10)["action_weight"].sum())
+    one = ActionChunks([dataset, five], [["image"]] * 2, 8, sources=[Source(1, np.arange(8))])  # of the other: nothing
+    assert one.sample(0, 10)["embodiment"] == 1 and one.sample(0, 10)["num_cameras"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -225,6 +225,14 @@ def grippers_of(number):
     return {"grippers": [Gripper(6, 1.0, 0.0)][:number]}
 
 
+def first_action_of_nothing(index):
+    """Return the index with actions of 0 at the first step of each episode, as BridgeData has them."""
+    actions = index.columns["action"].copy()
+    actions[[0, 30]] = 0
+    actions[1:30, 6], actions[31:, 6] = np.arange(29) % 2, np.arange(29) % 2
+    return replace(index, columns=index.columns | {"action": actions})
+
+
 SMALL = np.zeros((24, 24, 3), np.uint8)
 TRAINS = {
     "as it should be": (lambda i: i, {}, []),
@@ -259,6 +267,14 @@ TRAINS = {
         lambda i: with_action(fitting_index(i.directory, LIBERO, 400), 2, np.arange(400) == 30),
         {},
         ["dimension 2 of the action rarely moves: normalised by its min and max"],
+    ),
+    "a first action that was never executed": (
+        first_action_of_nothing,
+        {"grippers": [], "action_names": []},
+        [
+            "the first action of every episode is 0; if it was never executed, leave that step out",
+            "dimension 6 of the action has just two values, or is called a gripper, but the description has no such",
+        ],
     ),
     "bounds": (lambda i: i, {"normalisation": "bounds"}, []),
     "absolute targets": (

@@ -581,3 +581,12 @@ def test_shipped_labels_and_tokenizer_use_their_codebooks(tmp_path):
     pattern = r"On training: (\d+) of 256 codes in use, squared error [0-9.]+, ([0-9.]+) times"
     used, ratio = re.match(pattern, line).groups()
     assert int(used) >= 128 and float(ratio) <= 1.3
+
+
+def test_a_small_last_batch_counts_as_its_samples():
+    """Of 64 samples and one, with losses 0 and 10, the mean is 10 / 65."""
+    results = [
+        {"loss": torch.tensor(loss), "codes": torch.zeros(size, 4, dtype=torch.int64)}
+        for loss, size in ((0.0, 64), (10.0, 1))
+    ]
+    assert train_latent.summarise(results, 16)["loss"] == pytest.approx(10 / 65)

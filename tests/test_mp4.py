@@ -1,5 +1,7 @@
 """mp4.py: frames at random are those that PyAV decodes in order, in any process; damaged files are named."""
 
+import struct
+
 import av
 import numpy as np
 import pytest
@@ -61,6 +63,18 @@ def test_frames_at_random_are_those_in_order(coding, tmp_path):
     shuffled = np.random.default_rng(0).permutation(30).tolist()
     for number in [*shuffled, *range(29, -1, -1), 7, 7, 7, 8, 7, 29, 29, 0, *range(0, 30, 3)]:
         assert np.array_equal(read_number(path, table, number), frames[number]), number
+
+
+def test_video_that_players_rotate_is_refused(tmp_path):
+    """A phone's video lies on its side in the file; the matrix that says so is in the track's header."""
+    path = write_video(tmp_path / "phone.mp4", moving_square())
+    upright, sideways = ((1 << 16, 0, 0, 0, 1 << 16), (0, 1 << 16, 0, -1 << 16, 0))
+    content = path.read_bytes()
+    header = content.index(b"tkhd")
+    place = content.index(struct.pack(">5i", *upright), header)
+    path.write_bytes(content[:place] + struct.pack(">5i", *sideways) + content[place + 20 :])
+    with pytest.raises(ValueError, match="players rotate it by -?90 degrees; write it upright: ffmpeg"):
+        mp4.scan_video(path)
 
 
 def test_long_video_is_stored_in_another_order(long_video):

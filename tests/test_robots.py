@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,8 +232,23 @@ def test_data_sets_of_one_robot_must_agree(robots, made, config_for, tmp_path):
     config = config_for(["two_arms", "five_joints"], tmp_path / "run", spec=("", str(tmp_path / "spec.json")), chunk=8)
     with pytest.raises(ValueError, match=r"both described as 'two_arms', but their cameras are \['front'\] and \['top"):
         train.main(config)
+    spec = json.loads((robots["five_joints"] / "spec.json").read_text()) | {"normalisation": "mean_std"}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    copy = shutil.copytree(robots["five_joints"], tmp_path / "copy")
+    twice = config_for(["five_joints"], tmp_path / "run", spec=("", str(tmp_path / "spec.json")), labels=())
+    with pytest.raises(ValueError, match="normalisations are mean_std and bounds_q99"):
+        train.main(replace(twice, data=(*twice.data, copy)))
     with pytest.raises(ValueError, match="different chunks, {'two_arms': 25, 'five_joints': 20}; choose one"):
         train.main(config_for(["two_arms", "five_joints"], tmp_path / "run"))
+
+
+def test_weight_that_leaves_nothing_is_refused(config_for, tmp_path):
+    """So small a weight that no step is ever drawn, which would be as if the data were not there."""
+    names = ["two_arms", "five_joints"]
+    with pytest.raises(
+        ValueError, match="five_joints has so small a weight, 0.0004, that no step of it is in an epoch"
+    ):
+        train.main(config_for(names, tmp_path / "run", variant="la_cond", chunk=25, data_weights=(1.0, 0.0004)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from data_helpers import change_index, made_index, make_chunks
+from data_helpers import change_index, change_spec, made_index, make_chunks
 
 from data import Dataset, open_dataset
 from dataspec import PRESETS, DataSpec
 from files import load_tensors, save_tensors
 from model import VARIANTS
-from targets import label_path, load_labels, load_targets
+from targets import _same_bounds, label_path, load_labels, load_targets
 
 
 def test_labels_follow_their_steps(dataset, labels):
@@ -153,7 +153,7 @@ def test_codes_and_vectors_are_read_in_every_form(form, shape, tmp_path):
     """Whole floats and integers, of shape (4,), (1, 4) and (4, 1), and vectors of 32 numbers."""
     dataset = labelled_dataset(tmp_path, CODE_FORMS[form], VECTORS.reshape(60, *shape))
     loaded = own_labels(dataset)
-    assert loaded.delta == 5 and own_labels(dataset, 7).delta == 7
+    assert loaded.delta == 5
     assert np.array_equal(loaded.codes[3:9], CODES[3:9]) and np.array_equal(loaded.vectors[3:9], VECTORS[3:9])
     assert loaded.codes.shape == (60, 4) and loaded.vectors.shape == (60, 4, 8)
 
@@ -188,6 +188,24 @@ def test_horizon_must_be_stated(rlds_latents, cache, tmp_path):
     dataset = change_index(open_dataset(rlds_latents, cache), cache=tmp_path)
     with pytest.raises(ValueError, match="released carries latent_idx but not its horizon; state it .*--delta 11"):
         own_labels(dataset)
+
+
+def test_horizon_is_stated_once(rlds_latents, cache, tmp_path):
+    """A description that says 11 and an option that says 32 are refused, with both."""
+    dataset = change_index(open_dataset(rlds_latents, cache), cache=tmp_path)
+    stated = change_spec(dataset, latents=dataset.spec.latents | {"delta": 11})
+    path = label_path(stated, tmp_path)
+    assert load_labels(stated, path).delta == load_labels(stated, path, 11).delta == 11
+    with pytest.raises(ValueError, match="released is described with delta 11, but --delta is 32"):
+        load_labels(stated, path, 32)
+
+
+def test_tokenizer_of_other_units_is_refused(dataset):
+    """Statistics with the same bounds, but a dimension that is not normalised, or values that are not cut."""
+    stats = dataset.stats["action"]
+    assert _same_bounds(stats, dict(stats))
+    assert not _same_bounds(stats | {"mask": [False, *stats["mask"][1:]]}, stats)
+    assert not _same_bounds(stats | {"clip": False}, stats)
 
 
 def test_labels_of_other_sizes_do_not_mix(dataset, rlds_latents, cache, labels, tmp_path):
