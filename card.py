@@ -63,6 +63,8 @@ def attempt(make, run):
 
 def next_command(run, description):
     """Return what to do with a trained run: evaluate it, if a simulator has its robot."""
+    if not description["model"]["action_size"]:
+        return f"train a policy from its weights: python train.py --init-from {shlex.quote(str(run))}"
     if any(entry["embodiment"] == "libero" for entry in description["data"]):
         return f"python eval.py {shlex.quote(str(run))}"
     return f"use it from Python: Policy({json.dumps(str(run))}), see docs/training.md"
@@ -188,7 +190,11 @@ def describe_backbone(model):
 
 def usage(config):
     """Return how to load and ask the policy."""
-    entry = next(entry for entry in config["data"] if description(entry).action)
+    entry = next((entry for entry in config["data"] if description(entry).action), None)
+    if not entry:
+        return (
+            "## Use\n\nIt saw no action, so it is no policy yet; `python train.py --init-from RUN` trains one from it."
+        )
     frames = ", ".join(f'"{camera}": {re.sub(r"[^a-zA-Z0-9]", "_", camera)}' for camera in entry["cameras"])
     state = '"state": state, ' if config["model"]["proprio_size"] else ""
     options = f', data="{entry["name"]}"' if len(config["data"]) > 1 else ""

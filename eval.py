@@ -174,8 +174,12 @@ def choose_suites(config, entry, playable):
     """Return the suites to play, those of the config or else that of the run's data.
 
     entry: what the run's config says of its data; playable: the simulator's suites(). Raise ValueError for a suite that
-    cannot be played, or for task ids of several suites.
+    cannot be played, one that is named twice, or for task ids of several suites.
     """
+    for name in ("suite", "task_ids"):
+        values = list(getattr(config, name))
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} is {values}; name each once, as its trials count once")
     suites = config.suite or (entry.get("suite") or entry["name"].removesuffix("_no_noops"),)
     if unknown := [suite for suite in suites if suite not in playable]:
         raise ValueError(
@@ -477,6 +481,8 @@ def replay(config):
     dataset = open_dataset(config.replay, config.cache)
     stats = Policy(config.run, config.data, backbone=config.backbone).stats if config.run else dataset.stats
     episodes = shard(plan_replay(config, dataset, stats["action"]), config.shard)
+    if not episodes:
+        raise ValueError(f"shard {config.shard} of {dataset.num_episodes} episodes has none; give fewer shards")
     path = dataset.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
     if config.out and config.out.exists():
         raise ValueError(f"out is {config.out}, which exists; a replay begins anew, so give a file that does not")

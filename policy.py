@@ -162,6 +162,7 @@ class Policy:
         self.vla = vla.to(self.device)
         merge_lora(self.vla)
         if self.vla.queries.is_cuda:
+            torch.set_float32_matmul_precision("high")  # as in training
             check_bf16_support(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
             for parameter in self.vla.backbone.qwen.parameters():
                 parameter.data = parameter.data.bfloat16()
@@ -198,6 +199,8 @@ class Policy:
         """
         if tokens > self.text_length:
             self.vla.backbone.reserve_text((tokens + 7) // 8 * 8)
+            if self.vla.queries.is_cuda:
+                torch.compiler.reset()  # the graphs of the shorter length count towards Dynamo's limit of eight
 
     # -- observations ------------------------------------------------------------------------------------------------
 

@@ -233,7 +233,8 @@ def settings_to_resume(run, resume, key):
 
 
 def check_length(run, before, steps, scheduler, warmup_ratio=0.0):
-    """Raise ValueError unless a run of `before` updates may be resumed as one of `steps`, with the same learning rates.
+    """Raise ValueError unless a run of `before` updates may be resumed as one of `steps`: from where it stands, the
+    learning rates are those of a run that had this length from the beginning.
 
     scheduler, warmup_ratio: as of train.py.
     """
@@ -334,7 +335,7 @@ def choose_labelled(config, dataset, episodes):
         groups.setdefault(dataset.instruction(dataset.starts[episode]), []).append(episode)
     labelled = []
     for group in groups.values():
-        count = config.episodes or int(np.ceil(config.data_fraction * len(group)))
+        count = config.episodes or int(np.ceil(round(config.data_fraction * len(group), 9)))
         labelled += group[:count]
     return np.sort(np.array(labelled, np.int64)), np.setdiff1d(episodes, labelled)
 

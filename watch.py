@@ -23,7 +23,7 @@ from tqdm import tqdm
 import eval as evaluation
 from common import die_with_parent
 from curves import read_log
-from files import atomic_file, read_json
+from files import atomic_file, read_json, saved_step
 from results import format_rate, wilson
 
 FIRST_SEED = 1000  # of the trials; `python eval.py RUN` plays others, for which no weights were chosen
@@ -94,6 +94,9 @@ class Watch:
             for path in self.folder.glob(f"eval-{step}.json*"):
                 path.unlink()
             copy_run(self.run, self.folder)
+            if (saved := saved_step(self.folder / "model.safetensors")) != step:
+                say(f"WARNING: step {step} is not evaluated: its weights could not be saved, the last are of {saved}")
+                return
             self._start(step)
         except OSError as error:
             say(f"WARNING: step {step} is not evaluated: {error}")

@@ -142,6 +142,16 @@ def test_results_are_updated_and_the_rest_stays(folder):
     assert (result.dataset_type, result.metric_value) == ("libero_goal", 0.6)
 
 
+def test_run_that_saw_no_action_is_no_policy(folder):
+    """Of a run on video alone the card and the last line of training say so, instead of failing."""
+    config = json.loads((folder / "config.json").read_text())
+    entry = config["data"][0]
+    config["data"] = [entry | {"spec": entry["spec"] | {"action": [], "grippers": [], "action_names": []}}]
+    config["model"]["action_size"] = 0
+    assert "it is no policy yet" in card.usage(config)
+    assert card.next_command(folder, config).startswith("train a policy from its weights: python train.py --init-from")
+
+
 def test_every_control_has_words():
     """Those of eval.py that change what is evaluated."""
     assert set(card.CONTROLS) == {*evaluation.CONTROLS, *evaluation.EXECUTION}

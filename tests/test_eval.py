@@ -174,6 +174,10 @@ def test_what_cannot_be_played_is_refused():
         plan(ENTRY, suite=("libero_10_with_milk",), task_ids=(2, 3))
     with pytest.raises(ValueError, match="with 2 suites: give one suite"):
         plan(ENTRY, suite=("libero_goal", "libero_object"), task_ids=(1,))
+    with pytest.raises(ValueError, match="suite is .'libero_goal', 'libero_goal'.; name each once"):
+        plan(ENTRY, suite=("libero_goal", "libero_goal"))
+    with pytest.raises(ValueError, match=r"task_ids is \[8, 8\]; name each once"):
+        plan(ENTRY, task_ids=(8, 8))
 
 
 def test_seeds_of_demonstrations_are_refused():

@@ -261,6 +261,7 @@ def test_weight_that_leaves_nothing_is_refused(config_for, tmp_path):
     ({"episodes": 2, "rest": "video"}, 4, 8),
     ({"data_fraction": 0.5, "rest": "video"}, 6, 6),
     ({"data_fraction": 0.01, "rest": "video"}, 2, 10),
+    ({"data_fraction": 7 / 6 - 1, "rest": "video"}, 2, 10),
     ({"data_fraction": 0.0, "rest": "video"}, 0, 12),
 ))  # fmt: skip
 def test_which_episodes_keep_their_actions(options, labelled, video, tmp_path, cache):

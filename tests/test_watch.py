@@ -154,6 +154,16 @@ def test_full_disk_is_a_warning(plan, tmp_path, capsys, monkeypatch):
     assert watched.child is None and "step 2 is not evaluated: no space left" in capsys.readouterr().err
 
 
+def test_weights_that_were_not_saved_are_not_evaluated(plan, tmp_path, capsys):
+    """A save that failed leaves those of an earlier update, whose success would count as that of this one."""
+    run = tmp_path / "run"
+    save(run, 2)
+    watched = open_watch(run)
+    watched.begin(4)
+    assert watched.child is None
+    assert "step 4 is not evaluated: its weights could not be saved, the last are of 2" in capsys.readouterr().err
+
+
 def test_slow_evaluation_makes_the_next_be_skipped(plan, tmp_path, capsys):
     """It goes on, and the training with it; a training that stops ends it."""
     plan({2: "sleep"})
