@@ -17,6 +17,8 @@ import train_latent
 from common import Ranks
 from index import CACHE, cache_folder
 
+ONE = Ranks(0, 1, "cpu")
+
 
 @pytest.fixture
 def file(tmp_path):
@@ -84,7 +86,7 @@ def test_run_folder_that_cannot_be_used(script, train_config, read_only, file, t
         if script == "train":
             train.main(train_config(out))
         else:
-            train_latent.train(train_latent.TokenizerTraining(data=[Path("data")], out=out), Ranks(0, 1, "cpu"))
+            train_latent.train(train_latent.TokenizerTraining(data=[Path("data")], out=out), ONE)
 
     for out in (read_only / "run", file / "run"):
         with pytest.raises(PermissionError, match=f"{out}.* Choose another place with --out"):
@@ -113,7 +115,7 @@ def test_labels_probe_and_demonstrations(read_only, rlds, cache, monkeypatch):
         demos.check(demos.Config(out=read_only / "demos"))
     monkeypatch.setattr(label, "load_lam", None)
     with pytest.raises(PermissionError, match="Choose another place with --out"):
-        label.main(label.Config(data=rlds, lam=Path("lam"), cache=cache, out=read_only / "labels.safetensors"), None)
+        label.main(label.Config(data=rlds, lam=Path("lam"), cache=cache, out=read_only / "labels.safetensors"), ONE)
     monkeypatch.setattr(probe, "open_dataset", None)
     with pytest.raises(PermissionError, match="Choose another place with --out"):
         probe.main(probe.Config(rlds, lam=read_only))
