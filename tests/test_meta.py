@@ -88,7 +88,8 @@ def test_losses_that_are_logged():
     """What the loop keeps of a micro-batch, with the losses of each of two sources."""
     vla = VLA(small_config("la_direct")).to(META)
     totals = {"means": {}, "sums": {}}
-    data = SimpleNamespace(source_names=["a", "b"], labelled_share=0.5)
+    sources = [SimpleNamespace(labelled=True), SimpleNamespace(labelled=False)]
+    data = SimpleNamespace(source_names=["a", "b (video)"], sources=sources, labelled_share=0.5)
     train.add_losses(totals, vla(on_meta(batch_for(vla))), torch.tensor([0, 1, 1, 0]).to(META), data, 1)
     kept = [*totals["means"].values(), *totals["sums"].values()]
     assert len(totals["sums"]) == 5 and all(value.device == META for value in kept)
