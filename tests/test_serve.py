@@ -147,13 +147,13 @@ def test_observations_that_come_together_are_one_batch(run):
 
     async def four():
         batcher = serve.Batcher(serve.Config(str(run.folder), batch=3, wait=0.5))
-        batches, answer = [], batcher.policy.answer
+        batches, act = [], batcher.policy.act
 
         def count(prepared, gripper):
             batches.append(len(prepared))
-            return answer(prepared, gripper)
+            return act(prepared, gripper)
 
-        batcher.policy.answer = count
+        batcher.policy.act = count
         running = asyncio.create_task(batcher.run())
         await asyncio.gather(*(batcher.ask(observation(number)) for number in range(4)))
         running.cancel()
