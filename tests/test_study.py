@@ -544,14 +544,28 @@ def test_one_camera_has_no_controls_of_two(tmp_path):
     assert both.controls == tuple(study.CONTROLS) and one.controls == ("blind", "main camera black", "mute")
 
 
-def test_committed_report_is_what_its_cells_say(tmp_path):
+COMMITTED = {
+    "variants": printed("python study.py variants --out docs/studies/variants"),
+    "fewshot": printed("python study.py fewshot --out docs/studies/fewshot"),
+}
+
+
+@pytest.mark.parametrize("preset", COMMITTED)
+def test_committed_report_is_what_its_cells_say(preset, tmp_path):
     """The command of docs/study.md makes the report that lies there."""
-    words = printed("python study.py fewshot --out docs/studies/fewshot")
+    words = COMMITTED[preset]
     settings = tyro.cli(study.Config, args=words[2:])
     committed = study.ROOT / settings.out
     shutil.copytree(committed / "cells", tmp_path / "cells")
     assert study.main(replace(settings, out=tmp_path)) == 0
     assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
+
+
+def test_readme_has_the_committed_table():
+    """README.md shows the success of each variant as docs/studies/variants/report.md has it."""
+    report = (study.ROOT / "docs/studies/variants/report.md").read_text()
+    table = next(part for part in report.split("\n\n") if part.startswith("| variant"))
+    assert table in (study.ROOT / "README.md").read_text() and "INCOMPLETE" not in table
 
 
 def test_only_some_cells_run(tmp_path, monkeypatch):
