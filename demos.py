@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import shlex
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -405,6 +407,20 @@ def attempt(job):
     return task, j, episode is not None
 
 
+def run_attempts(pool, jobs):
+    """Yield what `attempt` returns for each of the jobs, as they end. Raise RuntimeError when a process dies."""
+    attempts = [pool.submit(attempt, job) for job in jobs]
+    try:
+        for ended in as_completed(attempts):
+            yield ended.result()
+    except BrokenProcessPool as error:
+        text = "a simulator process died, of too little memory, perhaps; the same command goes on"
+        raise RuntimeError(text) from error
+    finally:
+        for waiting in attempts:  # after Ctrl-C
+            waiting.cancel()
+
+
 def next_attempts(config, tasks, done):
     """Return the next attempts [(config, task, j)]: as many as a task lacks successes, whatever the number of workers.
 
@@ -430,7 +446,7 @@ def collect(config, tasks, done, pool):
 
     with tqdm(total=config.episodes * len(tasks), initial=sum(done.values()), unit="episode") as bar:
         while jobs := next_attempts(config, tasks, done):
-            for task, j, success in pool.imap_unordered(attempt, jobs):
+            for task, j, success in run_attempts(pool, jobs):
                 done[task, j] = success
                 bar.update(success or config.dry_run)
     return done
@@ -442,7 +458,7 @@ def try_expert(config, tasks, pool):
     They are [{"task", "seed", "widen", "success"}].
     """
     dry = replace(config, dry_run=True)
-    results = pool.imap_unordered(attempt, [(dry, task, seed) for task in tasks for seed in range(config.trials)])
+    results = run_attempts(pool, [(dry, task, seed) for task in tasks for seed in range(config.trials)])
     return [
         {"task": task, "seed": seed, "widen": config.widen, "success": bool(success)}
         for task, seed, success in sorted(results)
@@ -602,7 +618,7 @@ def main(config):
     check(config)
     tasks = config.task_ids or list(range(len(instructions(config.suite))))
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(config.procs, len(tasks) * max(config.episodes, config.trials))) as pool:
+    with ProcessPoolExecutor(min(config.procs, len(tasks) * max(config.episodes, config.trials)), context) as pool:
         done = collect(config, tasks, {} if config.dry_run else resume(config), pool)
         table = report(config, tasks, done)
         if config.dry_run:
@@ -610,8 +626,8 @@ def main(config):
         note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": table}
         note["evaluation"] = try_expert(config, tasks, pool)
     done = {key: success for key, success in done.items() if key[0] in tasks}
-    with context.Pool(1) as pool:
-        pool.apply(write, (config, done, staging(config) / "rlds"))
+    with ProcessPoolExecutor(1, context) as pool:
+        pool.submit(write, config, done, staging(config) / "rlds").result()
     folder = staging(config) / "rlds" / config.out.name
     (folder / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
     os.replace(folder, config.out)

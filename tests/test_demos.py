@@ -2,9 +2,12 @@
 
 import io
 import json
+import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +160,14 @@ def test_failures_are_counted_and_end_a_hopeless_run(config):
     assert [job[1:] for job in demos.next_attempts(replace(config, episodes=3), [8], done)] == [(8, 3)]
     with pytest.raises(RuntimeError, match="task 8.*0 of 16"):
         demos.next_attempts(config, [8], {(8, j): False for j in range(16)})
+
+
+def test_worker_that_dies_ends_the_run(monkeypatch):
+    """A process that is killed, of too little memory for example, is an error instead of a wait without end."""
+    monkeypatch.setattr(demos, "attempt", os._exit)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.raises(RuntimeError, match="a simulator process died, .*; the same command goes on"):
+            list(demos.run_attempts(pool, [3, 4]))
 
 
 def test_bad_input_is_refused():
