@@ -23,7 +23,7 @@ def start_from(vla, run, embodiments):
     for state and actions belong to an embodiment: they are taken only where both runs have the same `embodiments`, the
     names of this one's data sets in order. Return a text that says, for each
     part, how many tensors were taken, and names those that were not. Raise FileNotFoundError or ValueError when `run`
-    is no trained run, or one of another backbone.
+    is no trained run, or one of a different backbone, tuning, set of LoRA layers or scale of theirs.
     """
     run = Path(run)
     if not (run / "model.safetensors").exists():
@@ -31,7 +31,9 @@ def start_from(vla, run, embodiments):
     tensors, _ = load_tensors(run / "model.safetensors")
     content = read_json(run / "config.json")
     if content.get("base_hash") != base_hash(vla):
-        raise ValueError(f"init_from: {run} was trained on another backbone than {vla.config.backbone}")
+        raise ValueError(
+            f"init_from: {run} was trained on a different backbone than {vla.config.backbone}, or on other parts of it"
+        )
     alpha = content["model"]["lora_alpha"]
     if lora_layers(vla) and alpha != vla.config.lora_alpha:
         raise ValueError(
