@@ -562,10 +562,11 @@ def test_committed_report_is_what_its_cells_say(preset, tmp_path):
 
 
 def test_readme_has_the_committed_table():
-    """README.md shows the success of each variant as docs/studies/variants/report.md has it."""
+    """README.md shows the success of each variant as docs/studies/variants/report.md has it, results.md the controls."""
     report = (study.ROOT / "docs/studies/variants/report.md").read_text()
-    table = next(part for part in report.split("\n\n") if part.startswith("| variant"))
-    assert table in (study.ROOT / "README.md").read_text() and "INCOMPLETE" not in table
+    success, controls = (part for part in report.split("\n\n") if part.startswith("|"))
+    assert success in (study.ROOT / "README.md").read_text() and "INCOMPLETE" not in success
+    assert controls in (study.ROOT / "docs/results.md").read_text() and "missing" not in controls
 
 
 def test_only_some_cells_run(tmp_path, monkeypatch):
