@@ -562,7 +562,7 @@ def test_committed_report_is_what_its_cells_say(preset, tmp_path):
 
 
 def test_readme_has_the_committed_table():
-    """README.md shows the success of each variant as docs/studies/variants/report.md has it, results.md the controls."""
+    """README.md shows the success of each variant as the committed report has it, docs/results.md the controls."""
     report = (study.ROOT / "docs/studies/variants/report.md").read_text()
     success, controls = (part for part in report.split("\n\n") if part.startswith("|"))
     assert success in (study.ROOT / "README.md").read_text() and "INCOMPLETE" not in success
