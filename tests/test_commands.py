@@ -46,9 +46,11 @@ def test_words_flags_and_empty_options():
 
 def test_next_command_of_a_run(tmp_path, capsys):
     """Evaluation, or Python where no simulator has the robot; how to continue an interrupted run."""
-    description = {"data": [{"embodiment": "libero"}]}
+    model = {"action_size": 7}
+    description = {"data": [{"embodiment": "libero"}], "model": model}
     assert shlex.split(card.next_command(Path("my runs/a"), description)) == ["python", "eval.py", "my runs/a"]
-    assert 'Policy("my runs/a")' in card.next_command(Path("my runs/a"), {"data": [{"embodiment": "arm"}]})
+    arm = {"data": [{"embodiment": "arm"}], "model": model}
+    assert 'Policy("my runs/a")' in card.next_command(Path("my runs/a"), arm)
     card.finish_run(SimpleNamespace(run=tmp_path / "a run", steps=9), 4, True)
     (again,) = re.findall("--out .*", capsys.readouterr().out)
     assert shlex.split(again) == ["--out", str(tmp_path / "a run"), "--resume"]
