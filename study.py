@@ -506,14 +506,14 @@ def main(config):
     check_config(config)
     config.out = config.out.resolve()
     config.data = tuple(path.resolve() if path.exists() else path for path in config.data)
+    everything = make_cells(replace(config, shard="", cells=()))
+    if not everything:
+        raise ValueError(f"{config.preset} has no cells of {', '.join(config.variants)}")
     cells = make_cells(config)
-    if not cells:
-        raise ValueError(f"{config.preset} has no cells of {', '.join(config.variants) or 'this shard'}")
     if config.dry_run:
         print_plan(config, cells)
         return 0
     failed = {} if config.report_only else run_cells(config, cells)
-    everything = make_cells(replace(config, shard="", cells=()))
     config.out.mkdir(parents=True, exist_ok=True)
     with open(config.out / "report.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # shards may end at the same moment

@@ -558,7 +558,7 @@ def next_command(config, kind):
 def run_training(model, samples, config, ranks, resuming=False):
     """Train `model` for config.max_steps updates, log each, save every config.save_every and at the end.
 
-    Returns True at the end, False when a signal ended the training early, after a save. Raise FloatingPointError when
+    Return True at the end, False when a signal ended the training early, after a save. Raise FloatingPointError when
     loss or gradient is no longer finite.
     """
     net = distribute(model, ranks)

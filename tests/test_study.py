@@ -529,6 +529,7 @@ def test_few_demonstrations_are_refused(tmp_path, rlds):
         study.main(config(tmp_path, "fewshot", data=(rlds,), train="--labels x"))
     with pytest.raises(ValueError, match="smoke has no cells of la_tok"):
         study.main(config(tmp_path, "smoke", variants=("la_tok",)))
+    assert study.main(config(tmp_path, "smoke", seeds=(0,), shard="3/3")) == 0  # of two cells: there is nothing to do
 
 
 def test_what_cannot_start_is_a_fault(tmp_path):
