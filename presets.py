@@ -167,11 +167,10 @@ PRESETS = {
     "ablations": Preset(
         "Which parts of a variant matter?",
         6000,
-        20,
+        50,
         ablation_cells,
         panels="variant",
         compare=(Comparison({"change": "as is"}),),
-        evaluate=OTHER_STARTS,
     ),
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",

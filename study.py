@@ -60,6 +60,8 @@ class Config:
     """starts of each task (default: the preset's)"""
     variants: tuple[str, ...] = ()
     """only these variants"""
+    reuse: tuple[Path, ...] = ()
+    """folders of other studies: a cell that has been made there by the same training and evaluation counts here too"""
     cells: tuple[str, ...] = ()
     """run only cells whose names match one of these, as "la_*-joint-5-*"; the report has all"""
     train: str = ""
@@ -224,10 +226,11 @@ def without_option(words, option):
 
 
 def read_cell(config, cell):
-    """Return the content of a cell's file; {} unless the cell has been trained and played as the config says."""
-    path = cell_file(config, cell)
-    content = read_json(path) if path.exists() else {}
-    return content if content.get("made") == made_of(config, cell) else {}
+    """Return what is known of a cell, also from the studies of `reuse`; {} unless made as the config says."""
+    own = [cell_file(config, cell)] if cell_file(config, cell).exists() else []
+    others = [path for folder in config.reuse for path in sorted((folder / "cells").glob("*.json"))]
+    made = made_of(config, cell)
+    return next((content for content in map(read_json, own + others) if content.get("made") == made), {})
 
 
 def missing_controls(cell, content):
@@ -463,6 +466,9 @@ def check_config(config):
         raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are baseline, {', '.join(LATENT)}")
     if len(set(config.seeds)) < len(config.seeds) or not config.seeds:
         raise ValueError(f"seeds are {list(config.seeds)}; give some, each once")
+    for folder in config.reuse:
+        if not (folder / "cells").is_dir():
+            raise ValueError(f"reuse has {folder}, which has no cells of a study")
     if config.jobs < 1:
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
     if config.preset == "long" and config.data == (DATA,):

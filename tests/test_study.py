@@ -483,6 +483,27 @@ def test_finished_cells_travel(tmp_path, monkeypatch):
     assert str(tmp_path) not in cell.read_text() and sys.executable not in cell.read_text()
 
 
+def test_cells_of_another_study_count(tmp_path, monkeypatch):
+    """What `variants` trained and played is "as is" in `ablations`, in its own group; other numbers of updates or
+    starts are made anew, and a folder that is no study is refused."""
+    monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
+    known = config(tmp_path / "known", "variants", seeds=(0,), variants=("baseline", "la_tok"))
+    assert study.main(known) == 0 and len(pretended.trained) == 2
+    settings = replace(known, preset="ablations", out=tmp_path / "new", reuse=(tmp_path / "known",))
+    assert study.main(settings) == 0
+    assert [path.parent.name for path in pretended.trained[2:]] == [
+        "baseline-32_placeholders-seed0",
+        "la_tok-continuous-seed0",
+    ]
+    rows = json.loads((tmp_path / "new" / "results.json").read_text())["results"]
+    assert len(rows) == 4 and all(row["episodes"] for row in rows)
+    for number, changes in enumerate(({"steps": 9}, {"trials": 2})):
+        assert study.main(replace(settings, out=tmp_path / f"other{number}", **changes)) == 0
+    assert len(pretended.trained) == 4 + 4 + 4
+    with pytest.raises(ValueError, match="reuse has .*runs, which has no cells of a study"):
+        study.main(replace(settings, reuse=(tmp_path / "runs",)))
+
+
 def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
     """The report has the controls of the first seed alone, whoever played others; a cell that was copied before its
     controls were played says so; other data of the same name is refused; a file of other settings is announced before
