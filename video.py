@@ -16,6 +16,8 @@ from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cache_folder,
 from mp4 import read_frame, scan_video
 
 FORMAT = "MP4 files (*.mp4, one episode each)"  # for messages
+SAME_RATE = 1.1  # ratio of frame rates that still count as one
+UNEVEN = 1.5  # times the usual time between two frames: longer ones are gaps
 
 
 def is_dataset(path):
@@ -55,7 +57,8 @@ class VideoIndex(Index):
 def open_index(path, cache=CACHE, on_fault=None):
     """Return the `VideoIndex` of a folder, read from `cache` if no file has changed since it was indexed.
 
-    on_fault: as of `data.open_index`. Raise ValueError for files that are no videos or have different sizes.
+    on_fault: as of `data.open_index`. Raise ValueError for files that are no videos, or that differ in
+    size or frame rate.
     """
     directory = Path(path)
     files = video_files(directory)
@@ -77,6 +80,7 @@ def scan_files(directory, files, captions, writer, on_fault):
     """Read every file once and write the index; one with a fault is left out when `on_fault` returns."""
     digest = hashlib.sha256()
     sizes = {}  # {(height, width): first file}
+    rates = []  # of (frames a second, file)
     for number, file in enumerate(files):
         try:
             table = scan_video(file)
@@ -87,6 +91,11 @@ def scan_files(directory, files, captions, writer, on_fault):
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest() + caption.encode())
         sizes.setdefault(table.size, file)
+        if len(table.times) > 1:
+            intervals = np.diff(table.times) * table.time_base
+            rates.append((1 / np.median(intervals), file))
+            if fault := uneven_frames(intervals):
+                on_fault(ValueError(f"{file}: {fault}"), warning=True)
         numbers = np.full(len(table.times), number)
         writer.append("frames", "video", np.stack([numbers, table.times, table.keys], 1))
         writer.append_texts("caption", [caption] * len(numbers))
@@ -96,8 +105,29 @@ def scan_files(directory, files, captions, writer, on_fault):
     if len(sizes) > 1:
         listed = "; ".join(f"{file} has {height} x {width}" for (height, width), file in sizes.items())
         on_fault(ValueError(f"{directory}: the videos have different sizes: {listed}. Make a folder of each"))
+    if rates and max(rates)[0] > SAME_RATE * min(rates)[0]:
+        listed = "; ".join(f"{file} has {rate:.4g} a second" for rate, file in (min(rates), max(rates)))
+        on_fault(
+            ValueError(
+                f"{directory}: time is counted in frames, and the videos have different frame rates: {listed}. Make a "
+                "folder of each, or give them one: ffmpeg -i VIDEO -r RATE SAME.mp4"
+            )
+        )
     size = next(iter(sizes)) if len(sizes) == 1 else (None, None)
     writer.finish(fingerprint=digest.hexdigest()[:16], size=size)
+
+
+def uneven_frames(intervals):
+    """Return what is odd about the times f64 [n - 1] between the frames of a video, in s, as a text; "" if nothing."""
+    usual = np.median(intervals)
+    gaps = np.flatnonzero(intervals > UNEVEN * usual)
+    if not len(gaps):
+        return ""
+    longest = intervals.argmax()
+    return (
+        f"the frames are not evenly spaced, and time is counted in frames: {len(gaps)} of {len(intervals)} follow "
+        f"after more than {UNEVEN} times the usual {usual:.4g} s, frame {longest + 1} after {intervals[longest]:.4g} s"
+    )
 
 
 def read_captions(directory, files):

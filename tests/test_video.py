@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,32 @@ def test_second_opening_reads_the_cache(copy, tmp_path):
     assert second.cache == first.cache and second.features == first.features and second.files == first.files
     (copy / "captions.json").unlink()
     assert data.open_index(copy, cache).cache != first.cache
+
+
+def test_frame_rates_that_differ_are_refused(copy, tmp_path, cache, capsys):
+    """Time is counted in frames: 10 and 30 a second are two meanings of a delta; 9.99 and 10 are one. Both rates and
+    their files are named, also by --check, which also finds frames that are missing inside a file."""
+    write_video(copy / "a.mp4", moving_square(10), rate=30)
+    wrong = "frame rates: .*b.mp4 has 10 a second; .*a.mp4 has 30 a second. Make a folder of each"
+    with pytest.raises(ValueError, match=wrong):
+        data.open_dataset(copy, cache)
+    errors, lines = run_check(copy, capsys)
+    assert errors == 1 and re.search(wrong, lines[0])
+    other = write_folder(tmp_path / "other")  # an open decoder keeps the file that it had
+    write_video(other / "b.mp4", moving_square(12), rate=Fraction(2997, 300))
+    with av.open(str(copy / "a.mp4")) as source, av.open(str(other / "a.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.pts is not None:
+                packet.stream = stream
+                packet.pts *= 3
+                packet.pts += (packet.pts >= 18 * packet.duration) * round(1 / packet.time_base)
+                packet.dts = packet.pts
+                target.mux(packet)
+    data.open_dataset(other, cache)  # a camera that lost frames can be used
+    errors, lines = run_check(other, capsys)
+    expected = "a.mp4: the frames are not evenly .*: 1 of 9 follow after .* usual 0.1 s, frame 6 after 1.1 s"
+    assert errors == 0 and re.search(expected, lines[0])
 
 
 def test_proposed_description_opens(copy, cache):
