@@ -30,7 +30,7 @@ INDEX_AGAIN = "Remove index.json in its folder, and the data is indexed again."
 ROWS = 1 << 16  # steps read at once where all are read
 SMALL = 8 << 20  # bytes of a column that is kept in memory once it is read
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # folder of a version of an RLDS data set
-INDEX_FORMAT = 4  # raise when the cached files change their meaning
+INDEX_FORMAT = 5  # raise when the cached files change their meaning
 
 
 class Feature(NamedTuple):

@@ -21,9 +21,9 @@ from results import markdown_table, mcnemar, paired_difference, trial_key, wilso
 
 SMOOTH = 100  # updates, over which learning curves are averaged
 EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; how
-much seeds scatter is pooled over the groups{level}; of one seed, of that run alone. Differences are between groups that
-are alike but for what the column's head says, paired by seed and start; in brackets p after Holm's correction for the
-comparisons of the column{level}, those that are still missing counted."""
+much seeds scatter is pooled over the groups{level}; of one seed, which is hollow in the chart, of that run alone.
+Differences are between groups that are alike but for what the column's head says, paired by seed and start; in brackets
+p after Holm's correction for the comparisons of the column{level}, those that are still missing counted."""
 
 
 @dataclass
@@ -416,6 +416,8 @@ def draw_lines(axis, results, x, variants):
         colour = f"C{number}"
         axis.errorbar(places, rates, np.abs(ends - rates[:, None]).T, fmt="o-", color=colour, capsize=3, label=variant)
         axis.fill_between(places, *ends.T, color=colour, alpha=0.12)
+        single = [len(result["by_seed"]) == 1 for result in own]
+        axis.plot(np.array(places)[single], rates[single], "o", color=colour, markerfacecolor="white", zorder=3)
     axis.set_xscale("log")
     places = sorted({result["group"][x] for result in results})
     axis.set_xlim(places[0] / 1.2, places[-1] * 1.4)
@@ -430,7 +432,8 @@ def draw_bars(axis, results, left_out):
     names = [", ".join(str(v) for k, v in result["group"].items() if k != left_out) or "all" for result in results]
     rates = np.array([result["success"] for result in results])
     ends = np.array([result["ci95"] for result in results]).reshape(-1, 2)
-    axis.bar(range(len(names)), rates, color="C0", alpha=0.7)
+    colours = ["white" if len(result["by_seed"]) == 1 else "C0" for result in results]
+    axis.bar(range(len(names)), rates, color=colours, edgecolor="C0", alpha=0.7)
     axis.errorbar(range(len(names)), rates, np.abs(ends - rates[:, None]).T, fmt="none", ecolor="black", capsize=3)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
 
@@ -505,12 +508,12 @@ def provenance(cells):
 
 
 def check_data(cells):
-    """Raise ValueError when finished cells were trained on different data sets of the same names, or cells of one group
-    on labels or codes of different models."""
+    """Raise ValueError when finished cells were trained on different data sets of the same names, or those of one
+    variant on labels or codes of different models."""
     labels = {}
     for cell in cells:
         if cell.labels:
-            labels.setdefault(group_name(cell.group), set()).add(", ".join(cell.labels))
+            labels.setdefault(cell.group["variant"], set()).add(", ".join(cell.labels))
     for name, models in labels.items():
         if len(models) > 1:
             raise ValueError(

@@ -30,6 +30,7 @@ from typing import Literal
 
 import tyro
 
+from data import open_index
 from files import make_folder, read_json, saved_step, write_json
 from presets import CONTROLS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
@@ -61,7 +62,7 @@ class Config:
     variants: tuple[str, ...] = ()
     """only these variants"""
     reuse: tuple[Path, ...] = ()
-    """folders of other studies: a cell that has been made there by the same training and evaluation counts here too"""
+    """folders of other studies: copy the cells that were made there by the same training and evaluation"""
     cells: tuple[str, ...] = ()
     """run only cells whose names match one of these, as "la_*-joint-5-*"; the report has all"""
     train: str = ""
@@ -226,11 +227,10 @@ def without_option(words, option):
 
 
 def read_cell(config, cell):
-    """Return what is known of a cell, also from the studies of `reuse`; {} unless made as the config says."""
-    own = [cell_file(config, cell)] if cell_file(config, cell).exists() else []
-    others = [path for folder in config.reuse for path in sorted((folder / "cells").glob("*.json"))]
-    made = made_of(config, cell)
-    return next((content for content in map(read_json, own + others) if content.get("made") == made), {})
+    """Return the content of a cell's file; {} unless the cell has been trained and played as the config says."""
+    path = cell_file(config, cell)
+    content = read_json(path) if path.exists() else {}
+    return content if content.get("made") == made_of(config, cell) else {}
 
 
 def missing_controls(cell, content):
@@ -242,6 +242,33 @@ def is_done(config, cell):
     """Return whether nothing is left to do for a cell."""
     content = read_cell(config, cell)
     return bool(content) and not missing_controls(cell, content)
+
+
+def reusable_cells(config, cells):
+    """Return {name of a cell: content of its file} of what other studies made as this one would, controls included.
+
+    Cells that are there are not among them. Raise ValueError for a study that has none, or of other data.
+    """
+    found, fingerprints = {}, []
+    for folder in config.reuse:
+        known = [read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
+        names = set()
+        for cell in cells:
+            for content in known:
+                if content.get("made") == made_of(config, cell) and not missing_controls(cell, content):
+                    found[cell.name] = content | {"group": cell.group}
+                    names.add(cell.name)
+        if not names:
+            raise ValueError(
+                f"reuse has {folder}, which has no cell with training, evaluation and controls of one here"
+            )
+        fingerprints = fingerprints or [open_index(path).fingerprint for path in config.data]
+        if other := next((name for name in names if found[name]["played"]["data"] != fingerprints), None):
+            data = found[other]["played"]["data"]
+            raise ValueError(
+                f"reuse has {folder}, where {other} was trained on data {data}; that here is {fingerprints}"
+            )
+    return {cell.name: found[cell.name] for cell in cells if cell.name in found and not is_done(config, cell)}
 
 
 def describe_cell(config, cell):
@@ -340,7 +367,6 @@ class Runner:
                         name = "train.py" if "train.py" in words else "eval.py"
                         return f"{name} ended with status {status}, unfinished; see {folder / 'output.txt'}"
                 content = describe_cell(config, cell)
-                make_folder(cell_file(config, cell).parent, "--out")
                 write_json(cell_file(config, cell), content)
             for control in missing_controls(cell, content):
                 status = self.run_command(playing_command(config, cell, control), output, lock)
@@ -440,12 +466,12 @@ def read_played(config, cell):
     return played
 
 
-def print_plan(config, cells):
-    """Print the cells, which are there, how many updates and episodes they cost, and their commands."""
+def print_plan(config, cells, reused):
+    """Print the cells, which are there or `reused`, how many updates and episodes they cost, and their commands."""
     updates = {}  # of each training that is to do
     todo = trials = 0
     for cell in cells:
-        there = is_done(config, cell)
+        there = cell.name in reused or is_done(config, cell)
         todo += not there
         print(f"{cell.name}:{' (there)' if there else ''}")
         for words in commands(config, cell):
@@ -466,9 +492,6 @@ def check_config(config):
         raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are baseline, {', '.join(LATENT)}")
     if len(set(config.seeds)) < len(config.seeds) or not config.seeds:
         raise ValueError(f"seeds are {list(config.seeds)}; give some, each once")
-    for folder in config.reuse:
-        if not (folder / "cells").is_dir():
-            raise ValueError(f"reuse has {folder}, which has no cells of a study")
     if config.jobs < 1:
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
     if config.preset == "long" and config.data == (DATA,):
@@ -497,6 +520,14 @@ def check_config(config):
             raise ValueError(f"{name} has {', '.join(sorted(both))}, which the cells set themselves; see --help")
 
 
+@contextlib.contextmanager
+def one_at_a_time(config):
+    """Let shards that write to OUT at the same moment wait for each other."""
+    with open(config.out / "report.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def describe(config):
     """Return in a line what all cells have in common."""
     steps = config.steps or PRESETS[config.preset].steps
@@ -516,13 +547,18 @@ def main(config):
     if not everything:
         raise ValueError(f"{config.preset} has no cells of {', '.join(config.variants)}")
     cells = make_cells(config)
+    reused = reusable_cells(config, everything)
     if config.dry_run:
-        print_plan(config, cells)
+        print_plan(config, cells, reused)
         return 0
+    make_folder(config.out / "cells", "--out")
+    with one_at_a_time(config):
+        for name, content in reused.items():
+            write_json(config.out / "cells" / f"{name}.json", content)
+        if reused:
+            print(f"{len(reused)} cells come from {', '.join(map(str, config.reuse))}")
     failed = {} if config.report_only else run_cells(config, cells)
-    config.out.mkdir(parents=True, exist_ok=True)
-    with open(config.out / "report.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # shards may end at the same moment
+    with one_at_a_time(config):
         played = [read_played(config, cell) for cell in everything]
         write_report(config.out, PRESETS[config.preset], played, describe(config))
     return len(failed)

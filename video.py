@@ -17,7 +17,7 @@ from mp4 import read_frame, scan_video
 
 FORMAT = "MP4 files (*.mp4, one episode each)"  # for messages
 SAME_RATE = 1.1  # ratio of frame rates that still count as one
-UNEVEN = 1.5  # times the usual time between two frames: longer ones are gaps
+UNEVEN = 1.5  # ratio of a time between two frames to the usual one, from which on it is odd
 
 
 def is_dataset(path):
@@ -109,8 +109,8 @@ def scan_files(directory, files, captions, writer, on_fault):
         listed = "; ".join(f"{file} has {rate:.4g} a second" for rate, file in (min(rates), max(rates)))
         on_fault(
             ValueError(
-                f"{directory}: time is counted in frames, and the videos have different frame rates: {listed}. Make a "
-                "folder of each, or give them one: ffmpeg -i VIDEO -r RATE SAME.mp4"
+                f"{directory}: time is counted in frames, and the videos have different frame rates: {listed}. Give "
+                "them one: ffmpeg -i VIDEO -r RATE SAME.mp4"
             )
         )
     size = next(iter(sizes)) if len(sizes) == 1 else (None, None)
@@ -120,13 +120,13 @@ def scan_files(directory, files, captions, writer, on_fault):
 def uneven_frames(intervals):
     """Return what is odd about the times f64 [n - 1] between the frames of a video, in s, as a text; "" if nothing."""
     usual = np.median(intervals)
-    gaps = np.flatnonzero(intervals > UNEVEN * usual)
-    if not len(gaps):
+    uneven = np.maximum(intervals / usual, usual / intervals)
+    if uneven.max() <= UNEVEN:
         return ""
-    longest = intervals.argmax()
     return (
-        f"the frames are not evenly spaced, and time is counted in frames: {len(gaps)} of {len(intervals)} follow "
-        f"after more than {UNEVEN} times the usual {usual:.4g} s, frame {longest + 1} after {intervals[longest]:.4g} s"
+        f"the frames are not evenly spaced, and time is counted in frames: {(uneven > UNEVEN).sum()} of {len(uneven)} "
+        f"follow after {UNEVEN} times the usual {usual:.4g} s or more, or as much less; frame {uneven.argmax() + 1} "
+        f"after {intervals[uneven.argmax()]:.4g} s"
     )
 
 

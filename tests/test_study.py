@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -483,25 +484,48 @@ def test_finished_cells_travel(tmp_path, monkeypatch):
     assert str(tmp_path) not in cell.read_text() and sys.executable not in cell.read_text()
 
 
-def test_cells_of_another_study_count(tmp_path, monkeypatch):
-    """What `variants` trained and played is "as is" in `ablations`, in its own group; other numbers of updates or
-    starts are made anew, and a folder that is no study is refused."""
+def test_cells_of_another_study_count(tmp_path, monkeypatch, capsys):
+    """What `variants` trained and played is "as is" in `ablations`, with its trials, in its own group, in files of its
+    own. One that lacks a control does not count; where nothing fits, or the data is another, that is an error."""
     monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
-    known = config(tmp_path / "known", "variants", seeds=(0,), variants=("baseline", "la_tok"))
+    monkeypatch.setattr(study, "open_index", lambda path: SimpleNamespace(fingerprint="d00"))
+    known = config(tmp_path / "known", "variants", seeds=(0,), variants=("baseline", "la_tok"), trials=3)
     assert study.main(known) == 0 and len(pretended.trained) == 2
+    for path, won in (("baseline-seed0", 1), ("la_tok-seed0", 2)):
+        path = tmp_path / "known" / "cells" / f"{path}.json"
+        content = json.loads(path.read_text())
+        trials = content["played"]["trials"]
+        content["played"]["trials"] = {start: number < won for number, start in enumerate(trials)}
+        path.write_text(json.dumps(content))
     settings = replace(known, preset="ablations", out=tmp_path / "new", reuse=(tmp_path / "known",))
+    capsys.readouterr()
+    assert study.main(replace(settings, dry_run=True)) == 0 and not (tmp_path / "new").exists()
+    assert "2 of 4 cells to do: 12000 updates" in capsys.readouterr().out
     assert study.main(settings) == 0
-    assert [path.parent.name for path in pretended.trained[2:]] == [
-        "baseline-32_placeholders-seed0",
-        "la_tok-continuous-seed0",
-    ]
+    names = ["baseline-32_placeholders-seed0", "la_tok-continuous-seed0"]
+    assert [path.parent.name for path in pretended.trained[2:]] == names
+    assert study.main(replace(settings, reuse=(), report_only=True)) == 0  # it is complete by itself
     rows = json.loads((tmp_path / "new" / "results.json").read_text())["results"]
-    assert len(rows) == 4 and all(row["episodes"] for row in rows)
-    for number, changes in enumerate(({"steps": 9}, {"trials": 2})):
-        assert study.main(replace(settings, out=tmp_path / f"other{number}", **changes)) == 0
-    assert len(pretended.trained) == 4 + 4 + 4
-    with pytest.raises(ValueError, match="reuse has .*runs, which has no cells of a study"):
-        study.main(replace(settings, reuse=(tmp_path / "runs",)))
+    assert {row["name"]: row["successes"] for row in rows} == {
+        "baseline, as is": 1,
+        "baseline, 32 placeholders": 3,
+        "la_tok, as is": 2,
+        "la_tok, continuous": 3,
+    }
+    back = replace(known, out=tmp_path / "back", reuse=(tmp_path / "new",))
+    for path in (tmp_path / "new" / "cells").iterdir():
+        content = json.loads(path.read_text())
+        content["played"]["controls"].pop("blind", None)
+        path.write_text(json.dumps(content))
+    for wrong in (back, replace(settings, out=back.out, steps=9), replace(settings, out=back.out, trials=2)):
+        with pytest.raises(
+            ValueError, match="reuse has .*, which has no cell with training, evaluation and controls of"
+        ):
+            study.main(wrong)
+    monkeypatch.setattr(study, "open_index", lambda path: SimpleNamespace(fingerprint="other"))
+    with pytest.raises(ValueError, match=r"was trained on data \['d00'\]; that here is \['other'\]"):
+        study.main(replace(settings, out=back.out))
+    assert len(pretended.trained) == 4 and not back.out.exists()
 
 
 def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
@@ -538,10 +562,15 @@ def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
 
 
 def test_labels_of_different_models_are_refused(tmp_path):
-    """Cells of one group whose labels come from different models, though their files have one name."""
-    cells = [report.Played({"variant": "la_direct"}, seed, {"a": True}, labels=[f"model{seed}"]) for seed in (0, 1)]
-    with pytest.raises(ValueError, match="la_direct were trained on labels of different models: model0; model1"):
-        report.write_report(tmp_path, study.PRESETS["variants"], cells, "")
+    """Cells of one variant whose labels come from different models, though their files have one name, in one group or
+    in two that are compared."""
+    for changes in (("as is", "as is"), ("as is", "continuous")):
+        cells = [
+            report.Played({"variant": "la_direct", "change": change}, seed, {"a": True}, labels=[f"model{seed}"])
+            for seed, change in enumerate(changes)
+        ]
+        with pytest.raises(ValueError, match="la_direct were trained on labels of different models: model0; model1"):
+            report.check_data(cells)
 
 
 def test_few_demonstrations_are_refused(tmp_path, rlds):
@@ -591,6 +620,18 @@ def test_readme_has_the_committed_table():
     assert controls in (study.ROOT / "docs/results.md").read_text() and "missing" not in controls
 
 
+def test_findings_quote_the_report():
+    """The differences in docs/study.md are those of the committed report, in the same order."""
+    findings = (study.ROOT / "docs/study.md").read_text().partition("## Findings")[2].partition("## Run it")[0]
+    report = (study.ROOT / "docs/studies/fewshot/report.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`, (\w+) \|(.*)\|$", findings, re.M)
+    assert len(rows) == 6
+    for variant, rest, differences in rows:
+        (row,) = re.findall(rf"^\| {variant} \| {rest} \| 5 \|(.*)$", report, re.M)
+        difference = r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)"
+        assert re.findall(difference, differences) == re.findall(difference, row), (variant, rest)
+
+
 def test_only_some_cells_run(tmp_path, monkeypatch):
     """Those whose names match; the report has all. Patterns that match nothing are refused."""
     monkeypatch.setattr(study.subprocess, "Popen", pretended := Pretended())
@@ -629,7 +670,7 @@ def test_stopped_study_stops_what_it_started(tmp_path):
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 1 and (tmp_path / "saved").exists()
     assert errors == "Stopped; the same command goes on.\n"
-    assert not (tmp_path / "study" / "cells").exists() and not list((tmp_path / "study").rglob("fault.json"))
+    assert not list(tmp_path.glob("study/cells/*")) and not list((tmp_path / "study").rglob("fault.json"))
     running = start()
     running.kill()
     running.wait()
