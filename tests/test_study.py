@@ -598,6 +598,7 @@ def test_one_camera_has_no_controls_of_two(tmp_path):
 COMMITTED = {
     "variants": printed("python study.py variants --out docs/studies/variants"),
     "fewshot": printed("python study.py fewshot --out docs/studies/fewshot"),
+    "ablations": printed("python study.py ablations --out docs/studies/ablations"),
 }
 
 
