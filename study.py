@@ -244,30 +244,32 @@ def is_done(config, cell):
     return bool(content) and not missing_controls(cell, content)
 
 
+def find_twin(config, cell, known):
+    """Return the one of these contents of cell files that was made as the config says, controls included, or None."""
+    made = made_of(config, cell)
+    return next((one for one in known if one.get("made") == made and not missing_controls(cell, one)), None)
+
+
 def reusable_cells(config, cells):
     """Return {name of a cell: content of its file} of what other studies made as this one would, controls included.
 
     Cells that are there are not among them. Raise ValueError for a study that has none, or of other data.
     """
-    found, fingerprints = {}, []
+    found = {}
+    fingerprints = [open_index(path).fingerprint for path in config.data] if config.reuse else []
     for folder in config.reuse:
         known = [read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
-        names = set()
-        for cell in cells:
-            for content in known:
-                if content.get("made") == made_of(config, cell) and not missing_controls(cell, content):
-                    found[cell.name] = content | {"group": cell.group}
-                    names.add(cell.name)
-        if not names:
+        twins = {cell.name: twin | {"group": cell.group} for cell in cells if (twin := find_twin(config, cell, known))}
+        if not twins:
             raise ValueError(
                 f"reuse has {folder}, which has no cell with training, evaluation and controls of one here"
             )
-        fingerprints = fingerprints or [open_index(path).fingerprint for path in config.data]
-        if other := next((name for name in names if found[name]["played"]["data"] != fingerprints), None):
-            data = found[other]["played"]["data"]
-            raise ValueError(
-                f"reuse has {folder}, where {other} was trained on data {data}; that here is {fingerprints}"
-            )
+        for name, twin in twins.items():
+            if (data := twin["played"]["data"]) != fingerprints:
+                raise ValueError(
+                    f"reuse has {folder}, where {name} was trained on data {data}; that here is {fingerprints}"
+                )
+        found |= twins
     return {cell.name: found[cell.name] for cell in cells if cell.name in found and not is_done(config, cell)}
 
 
@@ -306,12 +308,12 @@ def trained_whole(words):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Lock a file that stands for a cell; yield it, or None where another process has it."""
+def locked(path, wait=False):
+    """Lock a file that stands for a cell or a study; yield it, or None where another process has it, unless we wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield None
         else:
@@ -520,14 +522,6 @@ def check_config(config):
             raise ValueError(f"{name} has {', '.join(sorted(both))}, which the cells set themselves; see --help")
 
 
-@contextlib.contextmanager
-def one_at_a_time(config):
-    """Let shards that write to OUT at the same moment wait for each other."""
-    with open(config.out / "report.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def describe(config):
     """Return in a line what all cells have in common."""
     steps = config.steps or PRESETS[config.preset].steps
@@ -552,13 +546,14 @@ def main(config):
         print_plan(config, cells, reused)
         return 0
     make_folder(config.out / "cells", "--out")
-    with one_at_a_time(config):
+    lock = config.out / "report.lock"  # shards may begin and end at the same moment
+    with locked(lock, wait=True):
         for name, content in reused.items():
             write_json(config.out / "cells" / f"{name}.json", content)
         if reused:
             print(f"{len(reused)} cells come from {', '.join(map(str, config.reuse))}")
     failed = {} if config.report_only else run_cells(config, cells)
-    with one_at_a_time(config):
+    with locked(lock, wait=True):
         played = [read_played(config, cell) for cell in everything]
         write_report(config.out, PRESETS[config.preset], played, describe(config))
     return len(failed)
