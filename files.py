@@ -174,7 +174,7 @@ def checksum(tensors, info):
 def save_tensors(path, tensors, **info):
     """Write a safetensors file atomically, with `info` (as strings) and a checksum as its metadata.
 
-    Raise OSError when it cannot be written; what was there before stays.
+    Equal contents are equal bytes. Raise OSError when it cannot be written; what was there before stays.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     info = {name: str(value) for name, value in info.items()}
@@ -183,7 +183,18 @@ def save_tensors(path, tensors, **info):
             save_file(tensors, temporary, info | {"checksum": checksum(tensors, info)})
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        _sort_metadata(temporary)
         temporary.chmod(0o644)  # safetensors writes files that only their owner may read
+
+
+def _sort_metadata(path):
+    """Sort the metadata of a safetensors file, which stands in random order: equal contents become equal bytes."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def load_tensors(path):

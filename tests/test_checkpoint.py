@@ -84,6 +84,15 @@ def test_tensors_come_back(dtype, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").stat().st_mode & 0o777 == 0o644
 
 
+def test_equal_contents_are_equal_bytes(tmp_path):
+    """The library writes metadata in random order; a text of any letters survives that it is sorted."""
+    info = {"step": 3, "data": 'a "b" \\ é \n \x01 \x7f \u2028 🤖', "lam": "made", "delta": 32}
+    for number in range(8):
+        files.save_tensors(tmp_path / str(number), {"w": torch.ones(2, 3)}, **info)
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(8)}) == 1
+    assert files.load_tensors(tmp_path / "7")[1] == {name: str(value) for name, value in info.items()}
+
+
 @pytest.mark.parametrize(
     "old, new",
     (
