@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from warm import running
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -447,11 +449,13 @@ class Script:
     text: str  # what it printed, errors included
 
 
-def run_script(*words):
-    """Runs one of the scripts, or torchrun, as a user does."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return Script(done.returncode, done.stdout)
+def run_script(*words, ranks=1):
+    """Run one of the scripts as a user does, or as torchrun does on several `ranks`."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        with running(words, output.name, ranks) as processes:
+            for process in processes:
+                process.join()
+        return Script(max((process.exitcode for process in processes), key=abs), output.read())
 
 
 @pytest.fixture(scope="session")

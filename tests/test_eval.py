@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from eval_helpers import TASK, episode, open_results, record, write
+from warm import running
 
 import eval as evaluation
 import policy as policies
@@ -630,7 +630,9 @@ def test_evaluation_ends_with_a_result(run, script_here, tmp_path):
 
 
 TOY_COMMAND = """
-import eval, sys, tyro
+import sys, tyro
+sys.path.insert(0, {root!r})
+import eval
 eval.SIMULATORS["toy"] = "toy_sim"
 eval.main(tyro.cli(eval.Config))
 """
@@ -641,13 +643,12 @@ def test_killed_evaluation_plays_the_rest(toy, run, tmp_path, capsys):
     do not show it."""
     path, trials = tmp_path / "eval.jsonl", 20
     flags = ["--simulator", "toy", "--suite", "line", "--task-ids", 0, "--trials", trials, "--envs", 1, "--out", path]
-    command = [sys.executable, "-c", TOY_COMMAND, run.folder, *flags]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (path.exists() and path.read_text().endswith("\n")):
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.kill()
-    process.wait()
+    (tmp_path / "toy_eval.py").write_text(TOY_COMMAND.format(root=str(ROOT)))
+    with running([tmp_path / "toy_eval.py", run.folder, *flags], tmp_path / "output") as (process,):
+        while not (path.exists() and path.read_text().endswith("\n")):
+            time.sleep(0.02)
+            assert process.is_alive(), (tmp_path / "output").read_text()
+        process.kill()
     kept = results.read_trials(path)
     assert 1 <= len(kept) < trials
     config = evaluation.Config(

@@ -304,7 +304,6 @@ def test_batches_without_any_action_train_in_one_process_and_two(config_for, rob
     one = log_of(tmp_path / "one")
     assert all(entry["action_loss"] == 0 and entry["latent_loss"] > 0 for entry in one)
     assert "val_action_l1" not in one[-1]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     command = [
         "train.py",
         "--variant",
@@ -316,7 +315,7 @@ def test_batches_without_any_action_train_in_one_process_and_two(config_for, rob
     ]
     command += ["--cache", cache, "--data-fraction", 0, "--rest", "video", "--max-steps", 3, "--global-batch-size", 4]
     command += ["--val-fraction", 0.25, "--image-size", 32, "--num-workers", 0, "--out", tmp_path / "two"]
-    done = script(*torchrun, *command)
+    done = script(*command, ranks=2)
     assert done.code == 0, done.text
     two = log_of(tmp_path / "two")
     assert np.allclose([e["latent_loss"] for e in two], [e["latent_loss"] for e in one], rtol=1e-4)

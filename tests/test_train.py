@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 import tyro
 from conftest import ROOT
 from torch.utils.data import default_collate, get_worker_info
+from warm import running
 
 import batches
 import checkpoint
@@ -277,11 +277,10 @@ def test_accumulation_equals_the_big_batch(whole, train_config, tmp_path):
 
 
 def test_two_processes_equal_one(whole, rlds, cache, labels, script, tmp_path):
-    """torchrun with two processes, each of which accumulates 2 x 4 samples, with workers that decode."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    """Each of two processes accumulates 2 x 4 samples, with workers that decode."""
     inputs = ("--data", rlds, "--cache", cache, "--labels", labels, "--val-fraction", 0.25, "--max-steps", 4)
     batch = ("--global-batch-size", 16, "--per-device-batch-size", 4)
-    done = script(*torchrun, "train.py", "--variant", "la_cond", *inputs, *batch, "--out", tmp_path / "run")
+    done = script("train.py", "--variant", "la_cond", *inputs, *batch, "--out", tmp_path / "run", ranks=2)
     assert done.code == 0, done.text
     assert_same_losses(log_of(tmp_path / "run"), whole[0])
 
@@ -289,16 +288,11 @@ def test_two_processes_equal_one(whole, rlds, cache, labels, script, tmp_path):
 def test_killed_run_resumes_bit_identically(run, script, tmp_path):
     """Killed after a save and resumed, with other workers: every loss and every weight of the uninterrupted run."""
     out = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, *map(str, run.flags), "--out", out],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        while not checkpoint.training_saves(out) and process.poll() is None:
+    with running([*run.flags, "--out", out], tmp_path / "output") as (process,):
+        while not checkpoint.training_saves(out) and process.is_alive():
             time.sleep(0.005)
         process.kill()
-    assert process.returncode == -9 and max(checkpoint.training_saves(out)) < 40
+    assert process.exitcode == -9 and max(checkpoint.training_saves(out)) < 40
     done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0)
     assert done.code == 0, done.text
     assert column(log_of(out), "step") == list(range(40))
@@ -379,7 +373,7 @@ def damage(path):
 def two(run, script, tmp_path_factory):
     """Folder of `run` on two processes without data workers."""
     out = tmp_path_factory.mktemp("runs") / "two"
-    done = script(*TORCHRUN, *run.flags, "--num-workers", 0, "--out", out)
+    done = script(*run.flags, "--num-workers", 0, "--out", out, ranks=2)
     assert done.code == 0, done.text
     return out
 
@@ -398,7 +392,7 @@ def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
     assert launcher.returncode == 0 and "exitcode: -9" in text and "forcefully exiting" not in text, text
     assert_bit_equal(log_of(out), log_of(two))
     damage(out / "training-40.safetensors")
-    done = script(*TORCHRUN, *words[6:], "--resume", "--num-workers", 0)
+    done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0, ranks=2)
     assert done.code == 0 and "training-40.safetensors is damaged" in done.text, done.text
     assert_bit_equal(log_of(out), log_of(two))
 
@@ -458,22 +452,14 @@ def test_damaged_newest_save(run, train_config, tmp_path, capsys):
 
 @contextlib.contextmanager
 def two_ranks(run, out, *more):
-    """The two processes of a long run, each in a process group with its data workers, once steps are logged."""
-    words = [sys.executable, *map(str, (*run.flags, "--out", out, "--max-steps", 100_000, *more))]
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    ranks = [subprocess.Popen(words, env=env | {"RANK": str(rank)}, **how) for rank in range(2)]
-    try:
-        wait_for(lambda: ranks[0].poll() is not None or ((out / "log.jsonl").exists() and log_of(out)))
+    """The two processes of a long run, each in a process group with its data workers, once steps are logged.
+
+    What they print is in OUT.txt.
+    """
+    words = [*run.flags, "--out", out, "--max-steps", 100_000, *more]
+    with running(words, out.with_suffix(".txt"), ranks=2) as ranks:
+        wait_for(lambda: not ranks[0].is_alive() or ((out / "log.jsonl").exists() and log_of(out)))
         yield ranks
-    finally:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-            rank.communicate()
 
 
 def test_sigterm_saves_and_ends(run, tmp_path):
@@ -482,8 +468,10 @@ def test_sigterm_saves_and_ends(run, tmp_path):
     with two_ranks(run, out, "--num-workers", 1, "--save-every", 100_000) as ranks:
         workers = subprocess.run(["pgrep", "-P", str(ranks[1].pid)], capture_output=True, text=True).stdout.split()
         os.killpg(ranks[1].pid, signal.SIGTERM)
-        text = ranks[0].communicate(timeout=60)[0]
-        assert [ranks[0].returncode, ranks[1].wait(60)] == [0, 0], text
+        for rank in ranks:
+            rank.join(60)
+        text = out.with_suffix(".txt").read_text()
+        assert [rank.exitcode for rank in ranks] == [0, 0], text
         assert workers and not any(map(alive, workers))
     (step,) = checkpoint.training_saves(out)
     assert f"SIGTERM: saved after {step} of 100000 steps. Continue: the same command with --out {out} --resume" in text
@@ -493,9 +481,10 @@ def test_sigterm_saves_and_ends(run, tmp_path):
 def test_a_rank_that_hangs_ends_the_job(run, tmp_path):
     """The other one gives up after --timeout and says so."""
     with two_ranks(run, tmp_path / "run", "--num-workers", 0, "--timeout", 3) as ranks:
-        ranks[1].send_signal(signal.SIGSTOP)
-        text = ranks[0].communicate(timeout=60)[0]
-    assert ranks[0].returncode == 1
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        ranks[0].join(60)
+    assert ranks[0].exitcode == 1
+    text = (tmp_path / "run.txt").read_text()
     assert "another process died, perhaps for lack of memory, or hangs (--timeout is 3 s)" in text
 
 
@@ -585,8 +574,8 @@ train.main(tyro.cli(train.Config))
 def test_a_step_is_skipped_on_all_processes(run, fifth, script, train_config, tmp_path, monkeypatch):
     """What is not finite on one of two processes, a sample's actions, is skipped on both: as on one, to rounding."""
     (tmp_path / "spoiled.py").write_text(SPOILED.format(root=str(ROOT), step=fifth))
-    command = [*TORCHRUN, tmp_path / "spoiled.py", *run.flags[1:], "--max-steps", 4, "--out", tmp_path / "two"]
-    done = script(*command, "--num-workers", 0)
+    command = [tmp_path / "spoiled.py", *run.flags[1:], "--max-steps", 4, "--out", tmp_path / "two"]
+    done = script(*command, "--num-workers", 0, ranks=2)
     assert done.code == 0, done.text
     poisoned("actions", math.nan, fifth, monkeypatch)
     train.main(train_config(tmp_path / "one", variant="la_align", max_steps=4))

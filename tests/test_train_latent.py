@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import tyro
+from warm import call_on_ranks
 
 import checkpoint
 import common
@@ -107,7 +107,7 @@ def on_ranks(rlds, cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     config = lam_config(out, rlds, cache, max_steps=4, global_batch_size=16)
     train_on_ranks(0, 1, out, config)
-    mp.spawn(train_on_ranks, (2, out, config), nprocs=2)
+    call_on_ranks(train_on_ranks, 2, out, config)
     return out
 
 
@@ -199,7 +199,7 @@ def test_two_embodiments_and_video_train_together(command, rlds, rlds_latents, v
     data = [rlds, rlds_latents, video]
     train_mixture(0, 1, tmp_path, command, data, cache, five)
     text = capsys.readouterr().out
-    mp.spawn(train_mixture, (2, tmp_path, command, data, cache, five), nprocs=2)
+    call_on_ranks(train_mixture, 2, tmp_path, command, data, cache, five)
     one, two = (tmp_path / f"{command.__name__}{world}" for world in (1, 2))
     for entry, other in zip(read_log(one), read_log(two), strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-3)

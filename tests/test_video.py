@@ -291,7 +291,7 @@ def test_two_processes_train_alike(trained, mixture, script, tmp_path):
     for name, value in (mixture | dict(data_weights=(0.1, 1.0), out=tmp_path / "run")).items():
         values = value if isinstance(value, tuple) else (value,)
         flags += [f"--{name.replace('_', '-')}", *values]
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *flags)
+    done = script("train.py", *flags, ranks=2)
     assert done.code == 0, done.text
     for name in ("loss", "latent_loss", "action_loss", "grad_norm"):
         found, expected = ([entry[name] for entry in log_of(run)] for run in (tmp_path / "run", trained))
