@@ -626,7 +626,7 @@ def test_findings_quote_the_report():
     findings = (study.ROOT / "docs/study.md").read_text().partition("## Findings")[2].partition("## Run it")[0]
     report = (study.ROOT / "docs/studies/fewshot/report.md").read_text()
     rows = re.findall(r"^\| `(\w+)`, (\w+) \|(.*)\|$", findings, re.M)
-    assert len(rows) == 9
+    assert len(rows) == 10
     for variant, rest, differences in rows:
         (row,) = re.findall(rf"^\| {variant} \| {rest} \| 5 \|(.*)$", report, re.M)
         difference = r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)"
