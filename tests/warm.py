@@ -42,8 +42,9 @@ def running(words, output, ranks=1):
         yield processes
     finally:
         for process in processes:
+            process.kill()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)  # what it started
             process.join()
 
 
