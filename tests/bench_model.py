@@ -8,7 +8,6 @@ Left out: modes without a policy's network (bench.py).
 import functools
 import multiprocessing
 import os
-import socket
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from bench_helpers import (
     time_in_turns,
 )
 from torch._subclasses import FakeTensorMode
+from warm import free_port
 
 from common import distribute, init_distributed, parameter_groups, shutdown_distributed
 from lora import merge_lora
@@ -465,13 +465,6 @@ def run_rank(rank, world, port, config, results):
     if ranks.main:
         results.put(seconds)
     shutdown_distributed()
-
-
-def free_port():
-    """Return the number of a TCP port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def bench_ddp(config):

@@ -57,7 +57,7 @@ def call_on_ranks(function, ranks, *arguments):
 
 
 def free_port():
-    """Return a port that nothing listens on."""
+    """Return the number of a TCP port that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
