@@ -29,8 +29,9 @@ and an opened task has
     spent                            {name of a part of the work: seconds since the task was opened}
     close()
 
-ValueError from start or restore ends the evaluation, as the episode can never be played; after any other error, a
-crash or a hang the episode is tried again.
+ValueError from start or restore ends the evaluation, as the episode can never be played; after any other error (of
+linear algebra too, which numpy derives from ValueError), a state that is not finite, a crash or a hang the episode is
+tried again.
 
 Axes: h, w pixels; H actions of a chunk; T steps of an episode; A values of an action; N values of the proprio.
 """
@@ -107,8 +108,15 @@ class Episode:
     """allow versions of the simulator that are not the benchmark's"""
 
 
+class CannotStart(Exception):
+    """The start of an episode does not exist: it can never be played."""
+
+
 def make_observation(sim, episode):
-    """Return what the policy gets at this moment, with the episode's controls: see `policy.Policy`."""
+    """Return what the policy gets at this moment, with the episode's controls: see `policy.Policy`.
+
+    Raise FloatingPointError when the simulator's state is not finite.
+    """
     frames = {} if episode.blind else sim.observe()
     seen = list(episode.cameras)
     if episode.swap_cameras:
@@ -119,15 +127,26 @@ def make_observation(sim, episode):
             images[name] = np.zeros((*np.broadcast_to(size, 2), 3), np.uint8)
         else:
             images[name] = frames[other]
-    return {"images": images, "state": sim.proprio(), "instruction": episode.prompt}
+    state = sim.proprio()
+    if not np.isfinite(state).all():
+        raise FloatingPointError(f"the simulator's state is {state}")
+    return {"images": images, "state": state, "instruction": episode.prompt}
 
 
 def go_to_start(sim, episode, render):
-    """Go to the episode's start, recorded or official. render: draw the cameras there."""
-    if episode.state is None:
-        sim.start(episode.seed, episode.widen, render)
-    else:
-        sim.restore(episode.seed, episode.state)
+    """Go to the episode's start, recorded or official. render: draw the cameras there.
+
+    Raise CannotStart where the simulator refuses it.
+    """
+    try:
+        if episode.state is None:
+            sim.start(episode.seed, episode.widen, render)
+        else:
+            sim.restore(episode.seed, episode.state)
+    except np.linalg.LinAlgError:
+        raise
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
 
 
 def play(sim, episode, act, render_every_step=False):
@@ -264,7 +283,7 @@ class Process:
     ("alive", None)               it is recording a video
     ("done", result)              the episode ended: {"success", "steps", "spent"}; it waits for the next
     ("failed", text)              the episode raised an exception; it waits for the next
-    ("refused", text)             the episode can never be played (ValueError), and the process ends
+    ("refused", text)             the episode can never be played (CannotStart), and the process ends
     ("unopened", text)            the task cannot be opened, and the process ends
     """
 
@@ -327,7 +346,7 @@ def serve(connection):
             connection.send(("done", play_remotely(sim, episode, connection, time.perf_counter() - started)))
         except (EOFError, ConnectionError):
             raise
-        except ValueError as error:
+        except CannotStart as error:
             connection.send(("refused", str(error)))
             return
         except Exception as error:

@@ -78,6 +78,7 @@ class Sim:
         self.position = np.array(state)
 
     def step(self, action, render=False):
+        np.linalg.inv([[float(not np.isinf(action[0]))]])  # singular for inf, as a robot's may become
         self.position = np.clip(self.position + 0.1 * np.asarray(action)[:3], -1, 1)
         return bool(abs(self.position[0] - self.goal) < 0.01)
 
@@ -437,6 +438,15 @@ def test_episode_that_can_never_be_played_ends_the_evaluation(toy, cameras):
     with pytest.raises(RuntimeError, match="line task 0 cannot be played: widen=2 is off the line"):
         play_all([toy_episode(widen=2, cameras=cameras)], None)
     assert children() == []
+
+
+@pytest.mark.parametrize("bad, reason", ((np.inf, "LinAlgError: Singular matrix"), (np.nan, "state is [nan")))
+def test_episode_that_breaks_down_is_tried_again(bad, reason, toy, cameras, capsys):
+    """A singular matrix within a step, which is a ValueError, and a state that is not finite cost one try, not more."""
+    chunks = iter([np.full((8, 7), bad, np.float32), *np.zeros((4, 8, 7), np.float32)])
+    outcomes = play_all([toy_episode(cameras=cameras, max_steps=16)], lambda observations: [next(chunks)])
+    assert (outcomes[0]["success"], outcomes[0]["steps"], outcomes[0]["tries"]) == (False, 16, 2)
+    assert reason in capsys.readouterr().err
 
 
 def test_task_that_cannot_be_opened_ends_the_evaluation(cameras, monkeypatch):
