@@ -577,8 +577,17 @@ def example(path, config):
     return {"steps": steps, "episode_metadata": metadata}
 
 
-def write(config, done, folder):
-    """Write all staged successes as the data set folder/name/1.0.0.
+def chosen(config, tasks, done):
+    """Return the sorted (task, j) of the first `episodes` successes of each task: an earlier call may have more."""
+    return [
+        key
+        for task in sorted(tasks)
+        for key in sorted(key for key, success in done.items() if success and key[0] == task)[: config.episodes]
+    ]
+
+
+def write(config, chosen, folder):
+    """Write the staged episodes (task, j) as the data set folder/name/1.0.0.
 
     Call it in a process of its own: in one that has loaded TensorFlow, Mesa's EGL crashes.
     """
@@ -586,7 +595,7 @@ def write(config, done, folder):
     import tensorflow_datasets as tfds
 
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted write
-    paths = [staging(config) / f"{task}_{j}.npz" for (task, j), success in sorted(done.items()) if success]
+    paths = [staging(config) / f"{task}_{j}.npz" for task, j in chosen]
     shards = min(len(paths), 1 + sum(path.stat().st_size for path in paths) // SHARD_BYTES)
     tfds.dataset_builders.store_as_tfds_dataset(
         name=config.out.name,
@@ -625,16 +634,16 @@ def main(config):
             return
         note = {name: getattr(config, name) for name in SHAPING} | {"versions": versions(), "tasks": table}
         note["evaluation"] = try_expert(config, tasks, pool)
-    done = {key: success for key, success in done.items() if key[0] in tasks}
+    episodes = chosen(config, tasks, done)
     with ProcessPoolExecutor(1, context) as pool:
-        pool.submit(write, config, done, staging(config) / "rlds").result()
+        pool.submit(write, config, episodes, staging(config) / "rlds").result()
     folder = staging(config) / "rlds" / config.out.name
     (folder / "expert.json").write_text(json.dumps(note, indent=1) + "\n")
     os.replace(folder, config.out)
     shutil.rmtree(staging(config))
     size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
     command = shlex.join(["python", "data.py", str(config.out)])
-    print(f"{config.out}: {sum(done.values())} episodes, {size / 1e6:.1f} MB. Next: {command}")
+    print(f"{config.out}: {len(episodes)} episodes, {size / 1e6:.1f} MB. Next: {command}")
 
 
 if __name__ == "__main__":

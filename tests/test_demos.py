@@ -162,6 +162,12 @@ def test_failures_are_counted_and_end_a_hopeless_run(config):
         demos.next_attempts(config, [8], {(8, j): False for j in range(16)})
 
 
+def test_surplus_of_an_earlier_call_is_left_out(config):
+    """Fewer episodes than are staged: the first successes of each task asked for, so all have as many."""
+    done = {(9, 0): True, **{(8, j): j > 0 for j in (3, 2, 1, 0)}, (7, 0): True}
+    assert demos.chosen(replace(config, episodes=2), [9, 8], done) == [(8, 1), (8, 2), (9, 0)]
+
+
 def test_worker_that_dies_ends_the_run(monkeypatch):
     """A process that is killed, of too little memory for example, is an error instead of a wait without end."""
     monkeypatch.setattr(demos, "attempt", os._exit)
