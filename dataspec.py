@@ -217,6 +217,7 @@ def _arms_of_14(embodiment, cameras):
         grippers=[Gripper(6, open=1.0, closed=0.0), Gripper(13, open=1.0, closed=0.0)],
         absolute=list(range(14)),
         instruction="task",
+        image_fit="pad",
         chunk=25,
         action_names=_ARM_14,
     )
@@ -488,12 +489,15 @@ def propose_spec(index):
     guesses = []
     images = [path for path in index.paths("image") if _is_camera(index.features[path])]
     colour = [path for path in images if _is_camera(index.features[path], (3,))]
-    images = sorted(colour or images, key=lambda path: ("wrist" in path or "gripper" in path or "hand" in path, path))
-    cameras = {re.split(r"[/.]", path)[-1]: path for path in images}
+    late = ("depth", "wrist", "gripper", "hand")  # names that no main camera has, the least likely first
+    images = sorted(colour or images, key=lambda path: (*(name in path for name in late), path))
+    cameras = {_last_name(path): path for path in images}
     if len(cameras) < len(images):  # the last parts of their paths are not different
         cameras = {path: path for path in images}
     if images:
         guesses.append(f"the main camera is {next(iter(cameras))}")
+    if depths := [name for name, path in cameras.items() if "depth" in path]:
+        guesses.append(f"by name {', '.join(depths)} is depth, in 8 bits or in colours; is it worth being a camera?")
     else:
         guesses.append("there is no camera of 8 bits with 1 or 3 channels: no policy can be trained on this data")
     if images and not colour:
@@ -505,6 +509,10 @@ def propose_spec(index):
     state = _first_path(index, "number", ("state", "proprio", "robot_obs"), guesses)
     action = _action_parts(index, guesses)
     instruction = _first_path(index, "text", ("language_instruction", "instruction", "task", "caption"), guesses)
+    if not state:
+        shapes = {path: index.features[path].shape for path in index.paths("number") if path not in action}
+        rows = [path for path, shape in shapes.items() if math.prod(shape) > 1 and _is_vector(shape)]
+        guesses.append("there is no state" + (f"; is one of these it: {', '.join(rows)}?" if rows else ""))
     if not instruction:
         guesses.append('there is no instruction; "text" can hold one for all')
     if instruction and not any(text.strip() for text in index.texts[instruction].used()):
@@ -524,12 +532,16 @@ def propose_spec(index):
     return spec, guesses
 
 
+def _last_name(path):
+    return re.split(r"[/.]", path)[-1]
+
+
 def _first_path(index, kind, names, guesses):
     """Return the first feature of a kind whose path ends with one of the names; "" where there is none."""
     for name in names:
         paths = [path for path in index.paths(kind) if path.endswith(name) and _is_vector(index.features[path].shape)]
         if paths:
-            exact = [path for path in paths if re.split(r"[/.]", path)[-1] == name]
+            exact = [path for path in paths if _last_name(path) == name]
             chosen = (exact or paths)[0]
             guesses.append(f"the {'instruction' if kind == 'text' else 'state'} is {chosen}")
             return chosen
@@ -537,19 +549,33 @@ def _first_path(index, kind, names, guesses):
 
 
 def _action_parts(index, guesses):
-    paths = [path for path in index.paths("number") if re.match(r"(rel_)?actions?($|[/.])", path)]
-    paths = [path for path in paths if _is_vector(index.features[path].shape)]
+    called = {path: each for path, each in index.features.items() if re.match(r"(rel_)?actions?($|[/.])", path)}
+    paths = [path for path, each in called.items() if each.kind == "number" and _is_vector(each.shape)]
+    if left_out := [f"{path} ({_describe(each)})" for path, each in called.items() if path not in paths]:
+        guesses.append(
+            f"{', '.join(left_out)} is not taken for an action, which is a row of numbers (for LeRobot their type must "
+            "be the dtype in meta/info.json)"
+        )
     if len(paths) > 1:
         guesses.append(f"the action joins {', '.join(paths)} in this order")
     return paths
 
 
+def _names_of(index, path):
+    """Return the names of a feature's numbers: its own, else the last part of its path for each."""
+    feature = index.features[path]
+    size = math.prod(feature.shape)
+    if len(feature.names) == size:
+        return list(feature.names)
+    name = _last_name(path)
+    return [name] if size == 1 else [f"{name} {number}" for number in range(size)]
+
+
 def _propose_conventions(index, spec, guesses):
     """Add what the values and names of the action say of its grippers and absolute targets."""
     actions = read_parts(index, spec.action, slice(0, READ))
-    names = [name for part in spec.action for name in index.features[split_part(part)[0]].names]
-    if len(names) == actions.shape[1]:
-        spec.action_names = names
+    if len(spec.action) > 1 or len(index.features[spec.action[0]].names) == actions.shape[1]:
+        spec.action_names = [name for path in spec.action for name in _names_of(index, path)]
     starts = index.starts[:-1][index.starts[:-1] < len(actions)]
     for number in gripper_dimensions(actions, spec.action_names):
         low, high = float(actions[:, number].min()), float(actions[:, number].max())

@@ -28,15 +28,16 @@ CACHE = Path("~/.cache/latent-actions")  # where indices and labels are kept unl
 COPY_AGAIN = "Copy it again from where it came."
 INDEX_AGAIN = "Remove index.json in its folder, and the data is indexed again."
 ROWS = 1 << 16  # steps read at once where all are read
+LARGEST_ROW = 4096  # numbers of a step; larger tensors, as of depth in metres, would fill the cache
 SMALL = 8 << 20  # bytes of a column that is kept in memory once it is read
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # folder of a version of an RLDS data set
-INDEX_FORMAT = 5  # raise when the cached files change their meaning
+INDEX_FORMAT = 6  # raise when the cached files change their meaning
 
 
 class Feature(NamedTuple):
     """One value of every step."""
 
-    kind: str  # "image", "number" or "text"
+    kind: str  # "image", "number", "text", or "unread" for another
     dtype: str
     shape: tuple  # of one step; images: (height, width, channels), None where it is not known
     names: tuple = ()  # of the numbers of a step, where the metadata has them

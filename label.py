@@ -5,8 +5,9 @@
 
 Writes one safetensors file, which `targets.load_labels` reads: codes u8 [S, P] and vectors f16 [S, P, d] (c, before
 quantisation), with the fingerprints of data and model, delta and the codebook size as metadata. A labelling that was
-interrupted continues when the same command runs again. Memory does not grow with the data: finished parts and the whole
-file are mapped. Leaves out action-based codes: train.py computes those on the fly with the action tokenizer.
+interrupted continues when the same command runs again. Memory grows with the longest episode alone, whose frames are
+read at once; finished parts and the whole file are mapped. Leaves out action-based codes: train.py computes those on
+the fly with the action tokenizer.
 
 Axes: S steps of a data set, n steps of an episode, B batch, P codes per step, K codebook size, d width of a code, N
 patches of a frame, F features of a patch.
@@ -74,8 +75,11 @@ class EpisodeFrames(torch.utils.data.Dataset):
     def __getitem__(self, number):
         episode = self.episodes[number]
         steps = range(*self.dataset.starts[episode : episode + 2])
-        frames = [self.model.features.resize(self.dataset.image(self.camera, step)) for step in steps]
-        return episode, torch.from_numpy(np.stack(frames))
+        resize, side = self.model.features.resize, self.model.features.image_size
+        frames = np.empty((len(steps), side, side, 3), np.uint8)
+        for number, step in enumerate(steps):
+            frames[number] = resize(self.dataset.image(self.camera, step))
+        return episode, torch.from_numpy(frames)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""LeRobot data sets, versions 2.1 and 3.0, read in place without the package.
+"""LeRobot data sets, versions 2.0, 2.1 and 3.0, read in place without the package.
 
 `meta/info.json` lists the features and where files lie. Numbers are in Parquet files, images in the same files or in
-MP4 files, of which several episodes may share one (3.0) or each has its own (2.1). Numbers go to the cache; images and
-frames are read where they are. The instruction of a step is its task, feature "task".
-Left out: statistics of the data set (they are computed), depth and what else has more than 8 bits, writing, other
-versions.
+MP4 files, of which several episodes may share one (3.0) or each has its own (2.0, 2.1). Numbers go to the cache; images
+and frames are read where they are. The instruction of a step is its task, feature "task".
+Left out: statistics of the data set (they are computed), depth and what else has more than 8 bits, very large tensors,
+several texts a step, writing, other versions.
 
 Axes: S steps of a data set, E episodes, T steps of an episode.
 """
@@ -30,15 +30,15 @@ except ImportError:  # everything but this format works without it
 
 from files import read_json
 from images import decode_image
-from index import CACHE, COPY_AGAIN, INDEX_FORMAT, Feature, Index, cache_folder, cached_contents
+from index import CACHE, COPY_AGAIN, INDEX_FORMAT, LARGEST_ROW, Feature, Index, cache_folder, cached_contents
 from mp4 import read_frame, scan_video
 
 FORMAT = "LeRobot (meta/info.json)"  # for messages
-VERSIONS = ("v2.1", "v3.0")
-CONVERT = {  # from other versions
-    "v2.0": "lerobot.datasets.v21.convert_dataset_v20_to_v21 of lerobot 0.3",
-    None: "a convert_dataset script of the lerobot package",
-}
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+ONE_TIME = (
+    "They find different frames of its videos. LeRobot's timestamps are frame_index / fps: correct the column if the "
+    "videos have fps frames a second, else fps"
+)
 COUNTERS = ("episode_index", "frame_index", "task_index", "timestamp")  # columns that every data set has
 
 
@@ -167,14 +167,13 @@ def read_metadata(directory):
     version = info.get("codebase_version")
     if version not in VERSIONS:
         raise ValueError(
-            f"{info_file}: the data set has version {version}; {' and '.join(VERSIONS)} can be read. Convert it with "
-            f"{CONVERT.get(version, CONVERT[None])}"
+            f"{info_file}: the data set has version {version}; {', '.join(VERSIONS)} can be read. Convert it with a "
+            "convert_dataset script of the lerobot package"
         )
     fps = float(info["fps"])
     if not 0 < fps < float("inf"):
         raise ValueError(f"{info_file}: fps is {fps}; it must be positive. {COPY_AGAIN}")
     features = {path: read_feature(path, entry, info_file) for path, entry in info["features"].items()}
-    features = {path: feature for path, feature in features.items() if feature}
     cameras = [
         path for path, entry in info["features"].items() if entry["dtype"] == "video" and is_read(features[path])
     ]
@@ -184,6 +183,8 @@ def read_metadata(directory):
     else:
         episodes = _episodes_v21(directory, info, cameras)
         tasks = {entry["task_index"]: entry["task"] for entry in read_lines(directory / "meta" / "tasks.jsonl")}
+    if wrong := {number: text for number, text in tasks.items() if not isinstance(text, str)}:
+        raise ValueError(f"{directory}/meta: the task {next(iter(wrong))} is {next(iter(wrong.values()))!r}, no text")
     episodes.sort()
     _check_numbers([episode.number for episode in episodes], info.get("total_episodes", 0), directory)
     own_files = [str(file.relative_to(directory)) for file in (directory / "meta").rglob("*") if file.is_file()]
@@ -203,17 +204,17 @@ def _check_numbers(numbers, total, directory):
 
 
 def read_feature(path, entry, source):
-    """Return the `Feature` of an entry of info.json; None for a kind that is not known. Raise ValueError."""
+    """Return the `Feature` of an entry of info.json. Raise ValueError for one without dtype or shape."""
     if not isinstance(entry, dict) or not {"dtype", "shape"} <= entry.keys():
         raise ValueError(f"{source}: feature {path} is {entry!r:.80}; it must have dtype and shape. {COPY_AGAIN}")
     dtype, shape = entry["dtype"], tuple(entry["shape"] or ())
     if dtype in ("video", "image"):
         return _image_feature(entry, shape)
-    if dtype == "string":
+    if dtype == "string" and math.prod(shape) == 1:
         return Feature("text", "str", ())
-    if re.fullmatch(r"bool|float(16|32|64)|u?int(8|16|32|64)", dtype):
+    if re.fullmatch(r"bool|float(16|32|64)|u?int(8|16|32|64)", dtype) and math.prod(shape) <= LARGEST_ROW:
         return Feature("number", dtype, () if shape == (1,) else shape, _number_names(entry.get("names")))
-    return None
+    return Feature("unread", dtype, shape)
 
 
 def _number_names(names):
@@ -228,11 +229,13 @@ def _image_feature(entry, shape):
     if len(shape) == 2:
         shape = (*shape, 1)
     if len(shape) != 3:
-        return None
+        return Feature("unread", entry["dtype"], shape)
     ends = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
-    names = entry.get("names") or [""]
-    if ends == (True, False) or (ends == (True, True) and str(next(iter(names))).startswith("c")):
+    axes = [str(name)[:1].lower() for name in entry.get("names") or ()]  # of height, width, channels
+    if ends == (True, False) or (ends == (True, True) and axes[:1] == ["c"]):
         shape = (shape[1], shape[2], shape[0])
+    if {"h", "w"} <= set(axes) and axes.index("w") < axes.index("h"):
+        shape = (shape[1], shape[0], shape[2])
     settings = (entry.get("info") or {}) | (entry.get("video_info") or {})
     is_depth = settings.get("is_depth_map") or settings.get("video.is_depth_map")
     if is_depth or (shape[2] == 1 and entry["dtype"] == "video"):
@@ -242,12 +245,12 @@ def _image_feature(entry, shape):
 
 def is_read(feature):
     """Return whether a feature's values are read: of images only those that can be a camera."""
-    return feature.kind != "image" or feature.dtype == "uint8"
+    return feature.dtype == "uint8" if feature.kind == "image" else feature.kind != "unread"
 
 
 def read_lines(file):
     """Yield the objects in a file of one JSON object a line. Raise ValueError with file and line."""
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text().split("\n"), 1):  # texts may hold other ends of lines
         if line.strip():
             try:
                 yield json.loads(line)
@@ -256,7 +259,7 @@ def read_lines(file):
 
 
 def _episodes_v21(directory, info, cameras):
-    """Return the `Episode`s of version 2.1: each has its own Parquet file and its own video of each camera."""
+    """Return the `Episode`s of versions 2.0 and 2.1: each has its own Parquet file and its own video of each camera."""
     episodes = []
     for entry in read_lines(directory / "meta" / "episodes.jsonl"):
         number = int(entry["episode_index"])
@@ -335,7 +338,8 @@ class Scan:
     def run(self):
         """Read every episode; one with a fault is left out when `on_fault` returns."""
         for path, feature in sorted(self.meta.features.items()):
-            self.digest.update(f"{path} {feature} ".encode())
+            if feature.kind != "unread":
+                self.digest.update(f"{path} {feature} ".encode())
         numbers = []
         for episode in self.meta.episodes:
             contents = self.read_episode(episode)
@@ -355,11 +359,11 @@ class Scan:
         files = {"videos": list(self.videos), "tables": list(self.tables)}
         self.writer.finish({"table": numbers}, fingerprint=self.digest.hexdigest()[:16], **files)
 
-    def report(self, file, episode, fault, camera="", warning=False):
+    def report(self, file, episode, fault, camera="", warning=False, advice=COPY_AGAIN):
         """Report what is wrong with a file, of several episodes with the first that needs it."""
         kind = FileNotFoundError if isinstance(fault, FileNotFoundError) else ValueError
         place = f"camera {camera}, episode {episode.number}" if camera else f"episode {episode.number}"
-        self.on_fault(kind(f"{self.directory / file}: {place}: {fault}. {COPY_AGAIN}"), warning=warning)
+        self.on_fault(kind(f"{self.directory / file}: {place}: {fault}. {advice}"), warning=warning)
 
     def read_episode(self, episode):
         """Return ({(kind, path): rows}, {path: texts}) of an episode; None after a fault, which is reported."""
@@ -382,6 +386,15 @@ class Scan:
             arrays["images", path] = np.column_stack([np.full(len(rows), table.number), table.places[rows]])
         complete = True
         timestamps = table.columns["timestamp"][rows].astype(np.float64)  # f32 is too coarse in long videos
+        counted = np.arange(episode.length) / self.meta.fps
+        odd = np.flatnonzero(np.abs(timestamps - counted) > 0.5 / self.meta.fps)
+        if self.meta.cameras and len(odd):
+            step = odd[0]
+            fault = (
+                f"timestamp is {timestamps[step]:.4f} s at step {step}, but by its number and fps {counted[step]:.4f} s"
+            )
+            self.report(episode.table, episode, fault, advice=ONE_TIME)
+            return None
         for camera, (file, start), frames in zip(self.meta.cameras, episode.videos, frame_tables, strict=True):
             located, distances = nearest_frames(frames, start + timestamps)
             missing = np.flatnonzero(distances > 0.5 / self.meta.fps)
@@ -468,10 +481,17 @@ class Scan:
         if known == file:
             return table
         try:
-            table = self.read_video(file, self.meta.features[camera].shape[:2])
+            table = self.read_video(file)
         except (ValueError, OSError) as fault:
             self.unusable.add(file)
             self.report(file, episode, fault, camera)
+            return None
+        size = self.meta.features[camera].shape[:2]
+        if table.size != size:
+            self.unusable.add(file)
+            sizes = [" x ".join(map(str, each)) for each in (table.size, size)]
+            fault = f"the video has {sizes[0]} pixels, but info.json says {sizes[1]}"
+            self.report(file, episode, fault, camera, advice="If it is the right video, correct its shape in info.json")
             return None
         if file not in self.videos:
             self.videos[file] = len(self.videos)
@@ -479,15 +499,11 @@ class Scan:
         self.frame_tables[camera] = file, table  # of the one before nothing stays in memory
         return table
 
-    def read_video(self, file, size):
-        """Return the `FrameTable` of a video. Raise FileNotFoundError, and ValueError for a bad or another size."""
+    def read_video(self, file):
+        """Return the `FrameTable` of a video. Raise FileNotFoundError, and ValueError for a damaged one."""
         if not (self.directory / file).exists():
             raise FileNotFoundError("the file is missing")
-        table = scan_video(self.directory / file)
-        if table.size != size:
-            sizes = [" x ".join(map(str, each)) for each in (table.size, size)]
-            raise ValueError(f"the video has {sizes[0]} pixels, but info.json says {sizes[1]}")
-        return table
+        return scan_video(self.directory / file)
 
     def add_to_digest(self, file):
         """Let the fingerprint depend on the bytes of a file."""
@@ -516,12 +532,12 @@ def read_column(column, feature):
             raise ValueError(f"has from {shortest} to {longest} numbers in a row")
         sizes.append(longest or 0)
         column = column.flatten()
+    if count and math.prod(sizes) != math.prod(feature.shape):
+        raise ValueError(f"has rows of shape {tuple(sizes)}, but info.json says {feature.shape}")
     if feature.kind == "text":
         if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
             raise ValueError(f"holds {column.type}, but info.json says string")
         return column.to_pylist()
-    if count and math.prod(sizes) != math.prod(feature.shape):
-        raise ValueError(f"has rows of shape {tuple(sizes)}, but info.json says {feature.shape}")
     stored = column.to_numpy(zero_copy_only=False)
     if stored.dtype.kind not in "iufb":
         raise ValueError(f"holds {column.type}, but info.json says {feature.dtype}")

@@ -29,6 +29,7 @@ from index import (
     CACHE,
     COPY_AGAIN,
     INDEX_FORMAT,
+    LARGEST_ROW,
     VERSION,
     Feature,
     Index,
@@ -39,7 +40,6 @@ from index import (
 )
 
 FORMAT = "RLDS (features.json and *.tfrecord-* files)"  # for messages
-LARGEST_ROW = 4096  # numbers of a step; larger tensors, as of depth in metres, would fill the cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------

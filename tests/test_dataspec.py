@@ -253,6 +253,40 @@ def test_proposal_is_careful(tmp_path):
     assert any("can only train latent losses" in guess for guess in guesses)
 
 
+def test_proposal_says_what_it_leaves_out(tmp_path):
+    """Actions that are no row of numbers, rows of numbers that may be the state, and depth in colours, the last of the
+    cameras; a gripper is known by the path of its own part, too."""
+    columns = {
+        "action/world_vector": np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32),
+        "action/gripper_position": np.linspace(0, 1, 60, dtype=np.float32),
+        "observation/qpos": np.zeros((60, 14), np.float32),
+        "reward": np.zeros(60, np.float32),
+    }
+    colour = np.zeros((64, 64, 3), np.uint8)
+    unread = {"action/pairs": Feature("number", "float32", (2, 7)), "action/all": Feature("unread", "object", (12,))}
+    index = made_index(tmp_path, columns, {}, {"x/depth": colour, "x/image": colour, "x/wrist": colour}, **unread)
+    spec, guesses = propose_spec(index)
+    assert list(spec.cameras) == ["image", "wrist", "depth"]
+    assert spec.action_names == ["world_vector 0", "world_vector 1", "world_vector 2", "gripper_position"]
+    assert [gripper.index for gripper in spec.grippers] == [3]
+    for text in (
+        "by name depth is depth, in 8 bits or in colours",
+        "there is no state; is one of these it: observation/qpos?",
+        "action/pairs (number float32 2 x 7), action/all (unread object 12) is not taken for an action, which is a row",
+    ):
+        assert any(guess.startswith(text) for guess in guesses), (text, guesses)
+
+
+@pytest.mark.parametrize("name, size", (("droid", (180, 320)), ("aloha", (480, 640)), ("robotwin", (240, 320))))
+def test_presets_of_robots_with_wide_cameras_say_how_they_become_square(name, size, tmp_path):
+    """Their data needs no description, so images of the size that these robots record are used as they come."""
+    index = fitting_index(tmp_path, PRESETS[name])
+    wide = {path: np.zeros((*size, 3), np.uint8) for path in index.pictures}
+    features = index.features | {path: Feature("image", "uint8", (*size, 3)) for path in wide}
+    dataset = Dataset(replace(index, pictures=wide, features=features), *find_spec(index))
+    assert dataset.image(dataset.cameras[0], 0).shape == (size[1], size[1], 3)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers in every convention
 

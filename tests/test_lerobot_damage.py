@@ -83,8 +83,16 @@ def ragged(rows):
     return pa.array([rows[0][:4], [*rows[1], 0.0], *rows[2:]], pa.list_(pa.float32()))
 
 
+def rename(folder, old, new):
+    """Rename a column of the Parquet file, and leave the old one out of info.json."""
+    table = pq.read_table(folder / TABLE)
+    pq.write_table(table.rename_columns([new if name == old else name for name in table.column_names]), folder / TABLE)
+    change_json(folder, lambda content: content["features"].pop(old) and None)
+
+
 OF_WRIST = f"{VIDEO}: camera {WRIST}, episode 0: "
 OF_TABLE = f"{TABLE}: episode 0: "
+AT_STEP_1 = "timestamp is {} s at step 1, but by its number and fps 0.1000 s. They find different frames of its videos"
 DAMAGE = {
     "video cut": (cut(VIDEO), OF_WRIST + "the video is damaged: it ends within frame 26, or before"),
     "video cut in its table": (cut(VIDEO, 0.1), OF_WRIST + "it is no video, or a damaged one: "),
@@ -99,7 +107,10 @@ DAMAGE = {
         video(rate=30),
         f"{VIDEO}: camera {WRIST}, episode 2: there is no frame for step 2 at 2.1000 s, the nearest is 0.0667 s",
     ),
-    "another size": (video(height=80, width=48), OF_WRIST + "the video has 80 x 48 pixels, but info.json says 48 x 80"),
+    "another size": (
+        video(height=80, width=48),
+        OF_WRIST + "the video has 80 x 48 pixels, but info.json says 48 x 80. If it is the right video, correct its",
+    ),
     "table missing": (remove(TABLE), OF_TABLE + "the file is missing. Copy it again"),
     "table cut": (cut(TABLE), OF_TABLE + "Parquet magic bytes not found"),
     "table empty": (write(TABLE, ""), OF_TABLE + "Parquet file size is 0 bytes"),
@@ -127,6 +138,19 @@ DAMAGE = {
         table(frame_index=replace_value(12, 4)),
         f"{TABLE}: episode 1: frame_index is 4 at step 5; it must count from 0 to 11",
     ),
+    "no times": (table(timestamp=lambda times: [0.0] * len(times)), OF_TABLE + AT_STEP_1.format("0.0000")),
+    "times of twice the frame rate": (
+        table(timestamp=lambda times: [time / 2 for time in times]),
+        OF_TABLE + "timestamp is 0.1000 s at step 2, but by its number and fps 0.2000 s. They find different frames",
+    ),
+    "times that drift": (
+        table(timestamp=lambda times: [0.96 * time for time in times]),
+        f"{TABLE}: episode 2: timestamp is 1.2480 s at step 13, but by its number and fps 1.3000 s. They find",
+    ),
+    "times that begin late": (
+        table(timestamp=lambda times: [time + 0.1 * (7 <= row < 19) for row, time in enumerate(times)]),
+        f"{TABLE}: episode 1: timestamp is 0.1000 s at step 0, but by its number and fps 0.0000 s. They find different",
+    ),
     "unknown task": (
         table(task_index=replace_value(22, 7)),
         f"{TABLE}: episode 2: task_index is 7 at step 3, but the tasks are [0, 1]",
@@ -138,6 +162,14 @@ DAMAGE = {
     "empty number": (
         table(action=replace_value(9, [0.0, 0.0, None, 0.0, 0.0])),
         OF_TABLE + "column action has no value in row 9",
+    ),
+    "several texts": (
+        lambda folder: [
+            change_json(folder, lambda content: content["features"].update(note={"dtype": "string", "shape": [1]})),
+            table(next__reward=lambda rows: pa.array([["one", "two"]] * len(rows)))(folder),
+            rename(folder, "next.reward", "note"),
+        ],
+        OF_TABLE + "column note has rows of shape (2,), but info.json says ()",
     ),
     "ragged rows": (table(action=ragged), OF_TABLE + "column action has from 4 to 6 numbers in a row"),
     "another number of dimensions": (
@@ -166,10 +198,10 @@ DAMAGE = {
     ),
     "info.json cut": (cut("meta/info.json"), "meta/info.json is no JSON: "),
     "info.json a list": (write("meta/info.json", "[1]"), "meta/info.json holds [1], not an object"),
-    "info.json empty": (write("meta/info.json", "{}"), "meta/info.json: the data set has version None; v2.1 and"),
-    "version 2.0": (
-        info(codebase_version="v2.0"),
-        "meta/info.json: the data set has version v2.0; v2.1 and v3.0 can be read. Convert it with lerobot.datasets",
+    "info.json empty": (write("meta/info.json", "{}"), "meta/info.json: the data set has version None; v2.0, v2.1"),
+    "version 1.6": (
+        info(codebase_version="v1.6"),
+        "meta/info.json: the data set has version v1.6; v2.0, v2.1, v3.0 can be read. Convert it with a ",
     ),
     "no frame rate": (info(fps=0), "meta/info.json: fps is 0.0; it must be positive"),
     "no pattern": (info(video_path=None), "meta: damaged metadata: AttributeError("),
@@ -184,6 +216,10 @@ DAMAGE = {
     "episodes without a column": (
         table(EPISODES, **{"data_of_file_index": None}),
         "meta: damaged metadata: ArrowInvalid('No match for FieldRef.Name(data/file_index)",
+    ),
+    "no text for a task": (
+        table("meta/tasks.parquet", task=lambda texts: pa.array([texts[0], None], pa.string())),
+        "meta: the task 1 is None, no text",
     ),
     "tasks missing": (remove("meta/tasks.parquet"), "meta: damaged metadata: FileNotFoundError("),
 }
@@ -260,6 +296,14 @@ def test_damaged_lines_of_version_21(cache, tmp_path):
         shutil.rmtree(folder)
 
 
+def test_width_before_height(cache, sound, tmp_path):
+    """A shape whose names say so is of the same images."""
+    folder = copy_set("v30", tmp_path)
+    feature(WRIST, shape=[80, 48, 3], names=["width", "height", "channels"])(folder)
+    index = data.open_index(folder, cache)
+    assert index.features == sound.features and np.array_equal(index.frames[WRIST], sound.frames[WRIST])
+
+
 @pytest.mark.parametrize("names", (None, [], ["channels", "height", "width"], ["c", "h", "w"], {"channels": 0}))
 def test_channels_first_shapes(names, cache, tmp_path):
     """With names of the axes or without: the size tells them, and frames are as before."""
@@ -293,6 +337,9 @@ def test_features_that_do_not_hinder(cache, sound, tmp_path):
             "speech": {"dtype": "audio", "shape": [1], "names": None},
             "language_events": {"dtype": "language", "shape": [1], "names": None},
             "cloud": {"dtype": "image", "shape": [7], "names": None},
+            "history": {"dtype": "video", "shape": [4, 480, 640, 3], "names": None},
+            "depth_tensor": {"dtype": "uint16", "shape": [480, 640], "names": None},
+            "texts": {"dtype": "string", "shape": [3], "names": None},
         }
 
     change_json(folder, change)
@@ -304,7 +351,15 @@ def test_features_that_do_not_hinder(cache, sound, tmp_path):
         "grey_video": "uint16",
         "flat": "uint16",
         "with_alpha": "unknown",
+        "speech": "audio",
+        "language_events": "language",
+        "cloud": "image",
+        "history": "video",
+        "depth_tensor": "uint16",
+        "texts": "string",
     }
+    unread = [path for path, feature in index.features.items() if feature.kind == "unread"]
+    assert unread == ["speech", "language_events", "cloud", "history", "depth_tensor", "texts"]
     assert len(index) == 62 and index.videos == sound.videos
     with pytest.raises(ValueError, match="no description says") as caught:
         (folder / "spec.json").unlink()

@@ -21,6 +21,7 @@ from lerobot_helpers import (
     TABLE,
     VIDEO,
     WRIST,
+    change_json,
     change_table,
     copy_set,
     expected_of,
@@ -223,6 +224,25 @@ def test_metadata_in_any_order(cache, indices, tmp_path):
         for step in (0, 7, 40, 61):
             assert np.array_equal(index.image(path, step), indices["v30"].image(path, step))
     assert np.array_equal(index.frames[FRONT], indices["v30"].frames[FRONT])
+
+
+def test_version_20_in_several_chunks(cache, indices, tmp_path):
+    """Two episodes a chunk, and a text with an end of a line that ends no JSON line: the same steps and frames."""
+    folder = copy_set("v21", tmp_path)
+    change_json(folder, lambda content: content | {"codebase_version": "v2.0", "chunks_size": 2})
+    for file in sorted(folder.rglob("episode_*")):
+        chunk = int(file.stem[-6:]) // 2
+        moved = str(file).replace("chunk-000", f"chunk-{chunk:03d}")
+        os.renames(file, moved)
+    tasks = folder / "meta/tasks.jsonl"
+    tasks.write_text(tasks.read_text().replace('"task": "', '"task": "\u2028'))
+    index = data.open_index(folder, cache)
+    assert [index.file_of(start).parent.name[-1] for start in index.starts[:-1]] == ["0", "0", "1", "1", "2"]
+    for path, column in indices["v21"].columns.items():
+        assert np.array_equal(index.columns[path], column), path
+    for step in range(0, 62, 5):
+        assert index.texts["task"][step] == "\u2028" + indices["v21"].texts["task"][step]
+        assert np.array_equal(index.image(WRIST, step), indices["v21"].image(WRIST, step))
 
 
 def test_half_precision_columns(cache, tmp_path):
