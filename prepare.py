@@ -114,7 +114,7 @@ def prepare(config, ranks, free_to_change):
     resuming = prepare_run(run, config.resume, ranks.main, description, "train", free_to_change | LENGTH)
     if ranks.main:
         if before:
-            update_config(run, description)
+            update_config(run, description, steps)
         write_json(run / "dataset_statistics.json", {each.name: each.stats for each in datasets})
     tokenizer = tokenizer.to(ranks.device) if tokenizer else None
     ema = config.ema if config.ema >= 0 else 0.998 * (config.backbone in SIZES)
@@ -257,9 +257,13 @@ def check_length(run, before, steps, scheduler, warmup_ratio=0.0):
         )
 
 
-def update_config(run, description):
-    """Let config.json of a resumed run say how long it is now, and where its backbone lies."""
+def update_config(run, description, steps):
+    """Let config.json of a resumed run of `steps` updates say how long it is now, where its backbone lies, and of which
+    commits its code is."""
     content = read_json(run / "config.json")
+    commits = content["commit"].split(", ")
+    if next(iter(training_saves(run))) < steps and description["commit"] != commits[-1]:
+        content["commit"] = ", ".join([*commits, description["commit"]])
     content["train"] |= {name: description["train"][name] for name in LENGTH | {"backbone"}}
     content["model"]["backbone"] = description["model"]["backbone"]
     write_json(run / "config.json", content)

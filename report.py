@@ -4,8 +4,9 @@ Success varies with the start and with the training seed, and all policies play 
 outcome = mean + seed + start + rest, a mixed model whose variances are estimated by moments (two-way analysis of
 variance), with Student's t at Satterthwaite's degrees of freedom. With three seeds a bootstrap over seeds would be far
 too sure, and one group's own scatter of seeds is hardly known, so that is pooled, in units of the variance, over the
-groups with as many labels. Of one seed the interval speaks of that run alone, and there is no p. Never narrower, and
-no p smaller, than what ignores the seeds: Wilson's interval, Agresti and Min's for pairs, McNemar's test.
+groups with as many labels. Groups share their seeds, so their scatter counts as less than that of as many others. Of
+one seed the interval speaks of that run alone, and there is no p; nor is there while seeds are missing. Never narrower,
+and no p smaller, than what ignores the seeds: Wilson's interval, Agresti and Min's for pairs, McNemar's test.
 
 Axes: S training seeds, N starts.
 """
@@ -23,7 +24,8 @@ SMOOTH = 100  # updates, over which learning curves are averaged
 EXPLANATION = """Intervals: 95 %, of a mixed model in which training seeds and starts are crossed, with Student's t; how
 much seeds scatter is pooled over the groups{level}; of one seed, which is hollow in the chart, of that run alone.
 Differences are between groups that are alike but for what the column's head says, paired by seed and start; in brackets
-p after Holm's correction for the comparisons of the column{level}, those that are still missing counted."""
+p after Holm's correction for the comparisons of the column{level}, those that are still missing counted; no p before
+all seeds are there."""
 
 
 @dataclass
@@ -51,7 +53,9 @@ class Played:
     losses: list = field(default_factory=list)
     """of `learning_curve`"""
     commit: str = ""
-    """of the code that trained it"""
+    """of the code that trained it, or several, joined by commas"""
+    played_at: list = field(default_factory=list)
+    """commits of the code that played its trials; none in older cells"""
     data: list = field(default_factory=list)
     """fingerprints of what it was trained on"""
     labels: list = field(default_factory=list)
@@ -96,13 +100,27 @@ def played_by_all(values):
     return values[:, np.isfinite(values).all(0)]
 
 
-def pool_scatter(tables, references=None):
+def seed_correlation(tables):
+    """Return how much seeds have in common, from 0 to 1: the mean correlation of seeds' means between two of the tables
+    f64 [S, N]. One seed takes the same demonstrations' actions away from all groups. NaN was not played."""
+    played = np.isfinite(tables)
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(tables, 2) / played.sum(2)  # [tables, S]
+    deviations = np.nan_to_num(means - np.nanmean(means, 1, keepdims=True))
+    total = np.square(deviations).sum()
+    if len(tables) < 2 or not total:
+        return 0.0
+    shared = np.square(deviations.sum(0)).sum() - total  # over all pairs of tables
+    return float(np.clip(shared / (len(tables) - 1) / total, 0, 1))
+
+
+def pool_scatter(tables, references=None, correlation=0.5):
     """Return (variance of seeds, mean square of the rest, degrees of freedom), pooled over tables f64 [S, N].
 
-    Both are shares of the variance of all values. references: where tables are differences, the name of the group that
-    each is a difference to. The seeds of that group are in all differences to it: correlated by 1/2, so their mean
-    squares by 1/4, and they count as fewer degrees of freedom. Tables of one seed say nothing; (0, 0, 0) when there
-    are no others.
+    Both are shares of the variance of all values. references: a name for each table; the seeds of tables of one name
+    correlate, so their mean squares do by its square, and they count as fewer degrees of freedom (default: none do).
+    The default of correlation is that of differences to one group, whose seeds are in all of them. Tables of one seed
+    say nothing; (0, 0, 0) when there are no others.
     """
     played = zip(map(played_by_all, tables), references or range(len(tables)))
     kept = [(table, reference) for table, reference in played if min(table.shape) > 1]
@@ -117,7 +135,7 @@ def pool_scatter(tables, references=None):
         rest += weight * ms_rest / variance
     for reference in {reference for _, reference in kept}:
         own = [weight for weight, (_, other) in zip(weights, kept) if other == reference]
-        freedom += sum(own) / (1 + (len(own) - 1) / 4)
+        freedom += sum(own) / (1 + (len(own) - 1) * correlation**2)
     return float(seeds), float(rest), freedom
 
 
@@ -282,17 +300,21 @@ def pool_by_level(tables, entries, x, references=None):
         levels.setdefault(entries[name]["group"].get(x), []).append(name)
     pooled = {}
     for names in levels.values():
-        others = [references[name] for name in names] if references else None
-        pooled |= dict.fromkeys(names, pool_scatter([tables[name] for name in names], others))
+        if references:
+            scatter = pool_scatter([tables[name] for name in names], [references[name] for name in names])
+        else:
+            correlation = seed_correlation([entries[name]["outcomes"] for name in names])
+            scatter = pool_scatter([tables[name] for name in names], ["success"] * len(names), correlation)
+        pooled |= dict.fromkeys(names, scatter)
     return pooled
 
 
 def analyse(entries, preset):
     """Return a list of results of all groups: success with its interval, and a difference for each `preset.compare`.
 
-    A difference is {"to": name, "points", "ci95", "p" and "p_holm" (None: see `difference_interval`), "seeds"}. The p
-    of the same comparison are adjusted together, those that are not there yet counted, and how seeds scatter is pooled,
-    over the groups with the same `preset.x`.
+    A difference is {"to": name, "points", "ci95", "p" and "p_holm" (None: see `difference_interval`, and while seeds
+    are missing), "seeds"}. The p of the same comparison are adjusted together, those that are not there yet counted,
+    and how seeds scatter is pooled, over the groups with the same `preset.x`.
     """
     tables = {name: entry["outcomes"][np.isfinite(entry["outcomes"]).any(1)] for name, entry in entries.items()}
     tables = {name: table for name, table in tables.items() if len(table)}
@@ -317,6 +339,7 @@ def analyse(entries, preset):
         families = {}  # value of x -> differences whose p are adjusted together
         for name, (first, second, seeds) in pairs.items():
             points, low, high, p = difference_interval(first, second, scatters[name])
+            p = p if len(seeds) == len(entries[name]["seeds"]) else None  # none before all are there
             to = references[name]
             difference = {"to": to, "points": points, "ci95": [low, high], "p": p, "p_holm": None, "seeds": seeds}
             results[name]["differences"][number] = difference
@@ -363,7 +386,9 @@ def format_row(result, parts):
         shared = difference["seeds"]
         some = f" INCOMPLETE: of seeds {', '.join(map(str, shared))}" if len(shared) < len(result["seeds"]) else ""
         cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f}){some}")
-        if difference["p"] is None:
+        if difference["p"] is None and some:
+            cells.append("")
+        elif difference["p"] is None:
             cells.append("one seed" if len(shared) == 1 else "too few common starts")
         else:
             cells.append(f"{difference['p']:.2g} ({difference['p_holm']:.2g})")
@@ -495,10 +520,12 @@ def write_report(out, preset, cells, setting):
 
 def provenance(cells):
     """Return lines with the commits, labels and versions of finished cells, and the commands of one."""
-    commits = sorted({cell.commit for cell in cells})
+    commits = sorted({commit for cell in cells for commit in cell.commit.split(", ")})
+    played_at = sorted({commit for cell in cells for commit in cell.played_at})
     labels = sorted({fingerprint for cell in cells for fingerprint in cell.labels})
     played = Counter(", ".join(f"{name} {version}" for name, version in cell.versions.items()) for cell in cells)
     lines = [f"Trained at {', '.join(commits) or 'no commit yet'}; {len(cells)} cells."]
+    lines += [f"Evaluated at {', '.join(played_at)}, as far as cells say."] if played_at else []
     lines += [f"Labels and codes of models {', '.join(labels)}."] if labels else []
     lines += [f"Played with {versions}: {number} cells." for versions, number in played.items()]
     if not cells:
@@ -508,17 +535,19 @@ def provenance(cells):
 
 
 def check_data(cells):
-    """Raise ValueError when finished cells were trained on different data sets of the same names, or those of one
-    variant on labels or codes of different models."""
+    """Raise ValueError when finished cells were trained on different data sets of the same names, or on labels of
+    different models: image-based ones for all variants but `la_tok`, whose codes are of actions."""
     labels = {}
     for cell in cells:
         if cell.labels:
-            labels.setdefault(cell.group["variant"], set()).add(", ".join(cell.labels))
-    for name, models in labels.items():
+            kind = "la_tok" if cell.group["variant"] == "la_tok" else "variants with image-based labels"
+            labels.setdefault(kind, {}).setdefault(", ".join(cell.labels), cell.group["variant"])
+    for kind, models in labels.items():
         if len(models) > 1:
+            texts = "; ".join(f"{variant}: {model}" for model, variant in sorted(models.items()))
             raise ValueError(
-                f"cells of {name} were trained on labels of different models: {'; '.join(sorted(models))}. Keep those "
-                "of one in a folder of their own"
+                f"cells of {kind} were trained on labels of different models ({texts}). Keep those of one in a folder "
+                "of their own"
             )
     found = {str(cell.data): f"{group_name(cell.group)}, seed {cell.seed}" for cell in cells if cell.trials}
     if len(found) > 1:

@@ -283,6 +283,7 @@ def describe_cell(config, cell):
         "controls": {},
         "losses": learning_curve(run),
         "commit": setting["commit"],
+        "played_at": sorted({trial["commit"] for trial in trials}),
         "data": [entry["fingerprint"] for entry in setting["data"]],
         "labels": [target["fingerprint"] for target in setting["targets"]],
         "versions": trials[0]["versions"],
@@ -527,6 +528,8 @@ def describe(config):
     steps = config.steps or PRESETS[config.preset].steps
     options = {"train": config.train, "evaluate": shlex.join(playing_options(config))}
     shared = [f"{name}: {value}" for name, value in options.items() if value]
+    if config.variants:
+        shared.insert(0, f"only {', '.join(config.variants)}, so p are corrected for fewer comparisons")
     names = ", ".join(path.name for path in config.data)
     seeds = ", ".join(map(str, config.seeds))
     return "; ".join([f"{names}; {steps} updates; {trials_of(config)} starts of each task; seeds {seeds}", *shared])

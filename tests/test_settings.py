@@ -13,6 +13,7 @@ import probe
 import train
 import train_latent
 from common import Ranks
+from files import read_json, write_json
 from model import VARIANTS
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -32,14 +33,22 @@ def log_of(folder):
 
 @pytest.mark.parametrize("scheduler", ("constant", "step"))
 def test_resumed_run_may_get_more_steps(scheduler, train_config, tmp_path):
-    """With these schedules it is, in every bit, the run that had them from the start; config.json says its length."""
+    """With these schedules it is, in every bit, the run that had them from the start; config.json says its length, and
+    the commits of the code that trained it, where there are several."""
     options = {"lr_scheduler": scheduler, "warmup_ratio": 0.17, "save_every": 4}  # one update, of 4 as of 6
     options |= {"lr_decay_every": 3} if scheduler == "step" else {}
     whole = train.main(train_config(tmp_path / "whole", max_steps=6, **options))
     short = train.main(train_config(tmp_path / "short", max_steps=4, **options))
-    train.main(train_config(short, max_steps=6, resume=True, **options))
+    started = read_json(short / "config.json")
+    write_json(short / "config.json", started | {"commit": "before"})  # as if other code had begun
+    for _ in range(2):
+        train.main(train_config(short, max_steps=6, resume=True, **options))
     assert log_of(short) == log_of(whole) and len(log_of(short)) == 6
-    assert json.loads((short / "config.json").read_text())["train"]["max_steps"] == 6
+    config = read_json(short / "config.json")
+    assert config["train"]["max_steps"] == 6 and config["commit"] == f"before, {started['commit']}"
+    write_json(short / "config.json", config | {"commit": "before"})
+    train.main(train_config(short, max_steps=6, resume=True, **options))  # nothing is left to train
+    assert read_json(short / "config.json")["commit"] == "before"
 
 
 def test_length_that_would_change_the_schedule(train_config, tmp_path):
