@@ -27,6 +27,7 @@ from images import read_image, resize_image, store_image
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
+from pretrained import load_qwen
 from tiny import SIZES
 
 MOST = 128  # observations of one forward pass; more take several
@@ -49,11 +50,11 @@ def find_run(run):
         raise FileNotFoundError(f"there is no folder {run}, and the Hub has no such run for you: {error}") from error
 
 
-def load_vla(run, backbone=""):
-    """Return (VLA in evaluation mode, config.json of the run).
+def load_vla(run, backbone="", device="cpu"):
+    """Return (VLA in evaluation mode, on the CPU, config.json of the run).
 
-    backbone: where the backbone lies now, if not where it was. Raise FileNotFoundError or ValueError when `run` is not
-    a finished run, is damaged, or was trained on another base model.
+    backbone: where the backbone lies now, if not where it was; device: as of `pretrained.load_qwen`. Raise
+    FileNotFoundError or ValueError when `run` is not a finished run, is damaged, or was trained on another base model.
     """
     run = Path(run)
     for name in ("config.json", "model.safetensors"):
@@ -70,7 +71,7 @@ def load_vla(run, backbone=""):
             settings["backbone"] = backbone
         config = ModelConfig(**settings)
         _check_sizes(config, sum(tensor.numel() for tensor in tensors.values()))
-        vla = VLA(config)
+        vla = VLA(config, load_qwen(config, device))
         load_trainable(vla, tensors, weights)
         trained_on, _ = run_config["base_hash"], run_config["data"]  # the latter for `Policy`
     except (TypeError, KeyError, OSError) as error:
@@ -158,7 +159,7 @@ class Policy:
 
     def _load(self, backbone):
         """Read the run, with LoRA merged into its matrices."""
-        vla, self.run_config = load_vla(self.run, backbone)
+        vla, self.run_config = load_vla(self.run, backbone, self.device)
         self.vla = vla.to(self.device)
         merge_lora(self.vla)
         if self.vla.queries.is_cuda:

@@ -28,7 +28,7 @@ from inspection import describe_reading
 from lora import base_hash
 from model import VARIANTS, VLA, ModelConfig, check_model_config
 from normalise import rare_motions, statistics_hash
-from pretrained import text_tokenizer
+from pretrained import load_qwen, text_tokenizer
 from targets import load_targets
 from tiny import SIZES
 from transfer import start_from
@@ -88,7 +88,8 @@ def prepare(config, ranks, free_to_change):
     held_out = held_out_steps(dataset, [held for _, held in splits])
     steps = count_steps(to_json(config), dataset)
     torch.manual_seed(config.seed)
-    vla = VLA(make_model_config(config, dataset, labels, tokenizer)).to(ranks.device)
+    model_config = make_model_config(config, dataset, labels, tokenizer)
+    vla = VLA(model_config, load_qwen(model_config, ranks.device)).to(ranks.device)
     for each in datasets:
         vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
     before = settings_to_resume(run, config.resume, "train")

@@ -42,17 +42,18 @@ def separate_chat_template(backbone):
     return read_json(path).get("chat_template") if path else None
 
 
-def load_qwen(config):
+def load_qwen(config, device="cpu"):
     """Return (Qwen3VLModel, tokenizer) of `config.backbone`: random weights for a row of `tiny.SIZES`, else pretrained.
 
-    A base that stays frozen is bf16 on a GPU; what is trained is always f32. Raise ValueError when the checkpoint lacks
-    a weight of the model, holds others, or holds one of another shape: it would train on random numbers.
+    It is on the CPU. A base that stays frozen is bf16 if it will go to a GPU (`device`); what is trained is always f32.
+    Raise ValueError when the checkpoint lacks a weight of the model, holds others, or holds one of another shape: it
+    would train on random numbers.
     """
     tokenizer = text_tokenizer(config.backbone)
     if config.backbone in SIZES:
         qwen_config = tiny_config(tokenizer, config.backbone)
         return Qwen3VLModel._from_config(qwen_config, attn_implementation="sdpa"), tokenizer
-    half = config.tuning != "full" and torch.cuda.is_available()
+    half = config.tuning != "full" and torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if half else torch.float32
     options = dict(dtype=dtype, attn_implementation="sdpa", ignore_mismatched_sizes=True, output_loading_info=True)
     qwen, info = Qwen3VLModel.from_pretrained(config.backbone, **options)

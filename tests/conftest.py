@@ -48,6 +48,19 @@ def printed(start):
     return shlex.split(matches[0])
 
 
+def pytest_addoption(parser):
+    """Add the option that gpu.py gives."""
+    parser.addoption("--no-tensorflow", action="store_true", help="leave out tests of data that TensorFlow writes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that need `written`, if asked."""
+    if config.getoption("--no-tensorflow"):
+        left_out = [item for item in items if "written" in item.fixturenames]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def sim():
     """libero_goal task 8, "put the bowl on the plate"; each test starts it anew."""

@@ -21,7 +21,7 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_FILES = "backbone model quantiser meta precision common checkpoint normalise".split()  # need no written data
+TEST_FILES = "backbone model quantiser meta precision common checkpoint".split()  # of what runs on the device
 
 
 @dataclass
@@ -60,7 +60,16 @@ def checks(config):
     step = [*bench, "train", "--size", size, "--batch", batch, *small, *table("step")]
     if not config.tiny:
         step += ["--profile"]
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]  # without pytest-xdist, too
+    pytest = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "--no-tensorflow",
+    ]  # without pytest-xdist, too
     label = ["--steps", 16] if config.tiny else ["--full", "--steps", 256]
     infer = ["--batches", 1, 2] if config.tiny else ["--batches", 1, 16]
     numerics = ["--batch", batch, "--steps", 2 if config.tiny else 20]
@@ -80,7 +89,7 @@ def checks(config):
 
 
 def test_paths(config):
-    """Return the files of tests that need neither a simulator nor written data."""
+    """Return the files of tests that need no simulator, and data only in a few tests, which are left out."""
     names = TEST_FILES[2:3] if config.tiny else TEST_FILES
     return [f"tests/test_{name}.py" for name in names]
 

@@ -17,6 +17,7 @@ import backbone
 import lora
 import tiny
 from model import VARIANTS, VLA
+from pretrained import load_qwen
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompt
@@ -381,6 +382,19 @@ def test_what_is_tuned(checkpoint):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where a base comes from
+
+
+def test_base_is_bf16_only_where_it_is_frozen_and_goes_to_a_gpu(checkpoint):
+    """Whether there is a GPU does not matter: on a CPU beside it the base is f32."""
+    config = replace(small_config("baseline"), backbone=str(checkpoint(torch.bfloat16)))
+    for device, tuning, dtype in (
+        ("cuda", "lora", torch.bfloat16),
+        (torch.device("cuda", 1), "frozen", torch.bfloat16),
+        ("cuda", "full", torch.float32),
+        ("cpu", "lora", torch.float32),
+    ):
+        qwen, _ = load_qwen(replace(config, tuning=tuning), device)
+        assert {p.dtype for p in qwen.parameters()} == {dtype}
 
 
 def test_model_on_a_base_that_the_caller_made():

@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
-from conftest import ROOT
+from conftest import ROOT, pytest_collection_modifyitems
 
 READ = gpu.find("ratio .*")
 
@@ -39,3 +41,17 @@ def test_script_writes_a_table(tmp_path):
     assert "| nccl | passed |" in (tmp_path / "gpu.md").read_text()
     assert gpu.main(gpu.Config(tmp_path / "late", tiny=True, only=("nccl",), seconds=1)) == 1
     assert "not run: no time left" in (tmp_path / "late" / "gpu.md").read_text()
+
+
+def test_tests_of_written_data_are_left_out():
+    """With the option that gpu.py gives, and only then: the machine has no TensorFlow."""
+    needs, other = SimpleNamespace(fixturenames=["rlds", "written"]), SimpleNamespace(fixturenames=["tmp_path"])
+    told = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: told.extend(items))
+    for options, expected in (({"--no-tensorflow": False}, [needs, other]), ({"--no-tensorflow": True}, [other])):
+        items = [needs, other]
+        pytest_collection_modifyitems(SimpleNamespace(getoption=options.get, hook=hook), items)
+        assert items == expected
+    assert told == [needs]
+    (tests,) = (check for check in gpu.checks(gpu.Config(Path("out"))) if check.name == "tests")
+    assert "--no-tensorflow" in tests.command
