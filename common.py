@@ -197,8 +197,9 @@ def choose_workers(count, cuda):
 
 
 def worker_options(count, timeout):
-    """Return DataLoader's arguments about its `count` processes; timeout in seconds."""
-    return {"num_workers": count, "timeout": timeout if count else 0, "worker_init_fn": init_worker}
+    """Return DataLoader's arguments about its `count` processes, which are forked; timeout in seconds."""
+    limits = {"num_workers": count, "timeout": timeout if count else 0}
+    return limits | {"worker_init_fn": init_worker, "multiprocessing_context": "fork" if count else None}
 
 
 def report_worker_failures(train):

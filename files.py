@@ -1,6 +1,7 @@
 """Files that are never half written: text, JSON, and tensors with a checksum. Nothing is ever unpickled."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
@@ -98,6 +99,22 @@ def make_folder(path, option):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:  # what os.access does not know of
         raise PermissionError(f"{path} cannot be made: {error}. Choose another place with {option}") from error
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Lock a file that stands for something that one process at a time may do; yield the file.
+
+    wait: until no other process has it. Yield None where another has it, or the file system knows no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield file
 
 
 def check_new_folder(path):

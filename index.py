@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import make_folder
+from files import locked, make_folder
 
 CACHE = Path("~/.cache/latent-actions")  # where indices and labels are kept unless --cache says otherwise
 COPY_AGAIN = "Copy it again from where it came."
@@ -413,7 +413,12 @@ def cached_contents(folder, scan, on_fault=None):
                 dict(lists)  # reads them while their files are there
             return contents
     if not (folder / "index.json").exists():
-        _scan_into(folder, scan, raise_fault)
+        make_folder(folder.parent, "--cache")
+        with locked(
+            folder.with_name(f".{folder.name}.lock"), wait=True
+        ):  # of all processes of a run one reads the data
+            if not (folder / "index.json").exists():
+                _scan_into(folder, scan, raise_fault)
     return read_index(folder)
 
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import all_sum, init_distributed, shutdown_distributed
+from common import all_sum, init_distributed, shutdown_distributed, worker_options
 from data import open_dataset
 from files import check_writable, make_folder, map_tensors, save_tensors, shell_command
 from index import CACHE, changed_cache
@@ -115,7 +115,8 @@ def label_episodes(dataset, model, episodes, batch_size=64, texts=None, num_work
 
     texts: {instruction: states f32 [length, width]}, for stage 1.
     """
-    loader = DataLoader(EpisodeFrames(dataset, model, episodes), batch_size=None, num_workers=num_workers)
+    frames = EpisodeFrames(dataset, model, episodes)
+    loader = DataLoader(frames, batch_size=None, **worker_options(num_workers, timeout=0))
     for episode, frames in loader:
         steps = range(*dataset.starts[episode : episode + 2])
         states = [texts[dataset.instruction(step)] for step in steps] if texts else None

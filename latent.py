@@ -44,6 +44,7 @@ from quantiser import QUANTISERS, EMAQuantiser, kmeans, masked_mse
 CONSISTENCY_WEIGHT = 0.03  # of the tokenizer's consistency loss; the paper gives none, and more costs reconstruction
 ACTION_WEIGHT = 0.5  # of the action head's loss
 WORD_SIZE = 64  # width of the fixed random vectors of words
+MOST_ROWS = 65_535  # that CUDA's attention takes at once, more would not fit its grid
 KMEANS_CHUNKS = 4096  # chunks, at most, whose k-means are computed
 
 
@@ -74,7 +75,11 @@ class Attention(nn.Module):
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, L, D / heads] each
         if mask is not None:
             mask = mask.flatten(0, -2)[:, None, None]  # [n, 1, 1, L]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if len(q) > MOST_ROWS and mask is None:
+            parts = zip(*(each.split(MOST_ROWS) for each in (q, k, v)))
+            y = torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal) for part in parts])
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         x = x[..., :num_queries, :]
         return x + self.out(y.transpose(1, 2).reshape(x.shape))
 

@@ -169,8 +169,11 @@ class EMAQuantiser(VectorQuantiser):
 
     def _move(self, x, chosen, counts):
         sums = all_sum(chosen.T @ x)  # [K, d]
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        counts = self.counts.lerp(counts, 1 - self.decay)
+        sums = self.sums.lerp(sums, 1 - self.decay)
+        known = counts > 1e-20  # a code that is long unused keeps its place: smaller numbers lose their digits
+        self.counts.copy_(torch.where(known, counts, self.counts))
+        self.sums.copy_(torch.where(known[:, None], sums, self.sums))
         self.codebook.copy_(self.sums / self.counts[:, None])
 
     @torch.no_grad()
@@ -228,9 +231,9 @@ def kmeans(x, count, seed=0, rounds=20):
 
 
 def random_numbers(count, seed, updates):
-    """Return i64 [count] pseudo-random numbers keyed by (seed, updates): SplitMix64 (Steele et al., 2014).
+    """Return i64 [count] pseudo-random numbers keyed by (seed, updates), after SplitMix64 (Steele et al., 2014).
 
-    updates: i64 [], on the device on which they are made.
+    Its shifts are of u64, those here of i64. updates: i64 [], on the device on which they are made.
     """
     x = torch.arange(count, device=updates.device) + (updates + (seed << 32)) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -13,8 +13,6 @@ may run the cells in any order; the same command again does what is missing. All
 one small file in OUT/cells, so studies of several machines are put together by copying those. report.py analyses them.
 """
 
-import contextlib
-import fcntl
 import os
 import shlex
 import signal
@@ -31,7 +29,7 @@ from typing import Literal
 import tyro
 
 from data import open_index
-from files import make_folder, read_json, saved_step, write_json
+from files import locked, make_folder, read_json, saved_step, write_json
 from presets import CONTROLS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
@@ -306,19 +304,6 @@ def trained_whole(words):
     """Return whether a command of train.py left weights of its last update: one that was stopped ends well too."""
     weights = Path(words[words.index("--out") + 1]) / "model.safetensors"
     return saved_step(weights) == int(words[words.index("--max-steps") + 1])
-
-
-@contextlib.contextmanager
-def locked(path, wait=False):
-    """Lock a file that stands for a cell or a study; yield it, or None where another process has it, unless we wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
-            yield file
 
 
 class Runner:

@@ -179,9 +179,10 @@ def _load_labels(config, number, dataset, reads_vectors):
     if path.exists() or not config.labels:
         labels = load_labels(dataset, path, config.delta)
     if labels is None:
+        delta = {"delta": config.delta or None}
         raise FileNotFoundError(
             f"variant {config.variant} needs latent labels, and {path} does not exist. Make them: "
-            f"{shell_command('python', 'train_latent.py', 'lam', **_places(config), out='runs/lam')} && "
+            f"{shell_command('python', 'train_latent.py', 'lam', **_places(config), **delta, out='runs/lam')} && "
             f"{shell_command('python', 'label.py', **_places(config, number), lam='runs/lam', out=path)}"
         )
     if reads_vectors and labels.quantised != (config.align_target == "quantised"):
@@ -204,7 +205,8 @@ def _load_tokenizer(config, datasets, chunk):
     Raise ValueError unless it has the sizes and the action statistics of the run.
     """
     folder = Path(config.tokenizer or datasets[0].find_shipped("tokenizer"))
-    command = functools.partial(shell_command, "python", "train_latent.py", "tokenizer", **_places(config))
+    options = _places(config) | {"chunk": config.chunk or None}
+    command = functools.partial(shell_command, "python", "train_latent.py", "tokenizer", **options)
     if not folder.exists():
         raise FileNotFoundError(
             f"variant {config.variant} needs an action tokenizer, and {folder} does not exist. Make it: "
@@ -217,7 +219,8 @@ def _load_tokenizer(config, datasets, chunk):
     stored = {"chunk": tokenizer.config["chunk"], "action_sizes": dict(zip(names, tokenizer.action_sizes))}
     if stored != expected or list(stored["action_sizes"]) != list(expected["action_sizes"]):
         raise ValueError(
-            f"the action tokenizer in {folder} is for {stored}, but this run has {expected}; train one for it"
+            f"the action tokenizer in {folder} is for {stored}, but this run has {expected}. Make one: "
+            f"{command(out='DIR')}"
         )
     stored_stats = read_json(folder / "dataset_statistics.json")
     entries = {entry["name"]: entry for entry in read_json(folder / "config.json")["data"]}

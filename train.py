@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node auto train.py --variant la_direct     # one process on each core, or GPU
     torchrun --standalone --nproc-per-node 8 train.py --variant la_cond --backbone Qwen/Qwen3-VL-2B-Instruct \\
         --data /data/libero_goal_no_noops --global-batch-size 128 --learning-rate 1e-4 --max-steps 80000 \\
-        --lr-scheduler step --weight-decay 0.01 --warmup-ratio 0 --image-size 224    # the paper's setting
+        --lr-scheduler step --weight-decay 0.01 --warmup-ratio 0 --image-size 256    # the paper's setting
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
 A run is one folder: config.json, dataset_statistics.json, model.safetensors (trainable weights), log.jsonl (one object

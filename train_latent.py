@@ -508,7 +508,7 @@ def train(config, ranks):
     if not run_training(model.to(ranks.device), samples["training"], config, ranks, resuming):
         print0(f"Ctrl-C or SIGTERM: saved. Go on: the same command with --resume continues {config.out}")
         return
-    report(config, kind, model, samples, ranks.device)
+    report(config, kind, model, samples, ranks)
 
 
 def describe_run(config, kind, model, datasets):
@@ -527,32 +527,34 @@ def describe_run(config, kind, model, datasets):
     }
 
 
-def report(config, kind, model, samples, device):
+def report(config, kind, model, samples, ranks):
     """Print how good the trained model is on the last of `samples`, {name: samples}, and the next command."""
     name = list(samples)[-1]
-    measures = measure(model, samples[name], device, config.global_batch_size)
+    measures = measure(model, samples[name], ranks.device, config.global_batch_size // ranks.world)
     shown = (f"{measure_name} {np.round(value, 4).tolist()}" for measure_name, value in measures.items())
     print0(f"On {name} episodes: " + ", ".join(shown))
     if kind == "tokenizer":
         compared = {"training episodes": samples["training"], f"{name} episodes": samples[name]}
         print0(format_kmeans_comparison(model, compared))
-    print0(f"{config.out} is ready. Next: python {next_command(config, kind)}")
+    print0(f"{config.out} is ready. Next: {next_command(config, kind, ranks.world)}")
 
 
-def next_command(config, kind):
-    """Return the command that uses the trained model; for a second stage with the flags that its sizes need."""
+def next_command(config, kind, world):
+    """Return the command that uses the trained model; a second stage is trained as the first one was, on `world`
+    processes."""
     places = {"data": config.data, "spec": config.spec}
     options = {"cache": changed_cache(config)}
     if kind == "tokenizer":
-        return shell_command("train.py", variant="la_tok", **places, tokenizer=config.out, **options)
+        options = {"tokenizer": config.out, "chunk": config.chunk or None} | options
+        return shell_command("python", "train.py", variant="la_tok", **places, **options)
     if config.stage != 1:
         first = {name: values[:1] for name, values in places.items()}
-        return shell_command("label.py", **first, lam=config.out, **options)
-    for field in fields(LamSizes):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in ("stage", "text"):
-            options[field.name] = value
-    return shell_command("train_latent.py", "lam", stage=2, init_from=config.out, **places, out="DIR", **options)
+        return shell_command("python", "label.py", **first, lam=config.out, **options)
+    of_the_first = {"stage", "text", "init_from", "out", "resume"}
+    settings = ((each, getattr(config, each.name)) for each in fields(config) if each.name not in of_the_first)
+    changed = {each.name: value for each, value in settings if value != each.default}
+    starter = ["torchrun", "--standalone", "--nproc-per-node", world] if world > 1 else ["python"]
+    return shell_command(*starter, "train_latent.py", "lam", stage=2, init_from=config.out, out="DIR", **changed)
 
 
 def run_training(model, samples, config, ranks, resuming=False):

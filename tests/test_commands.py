@@ -92,11 +92,17 @@ def test_commands_after_latent_training(spaced, capsys):
     (training,) = commands_in(capsys.readouterr().out)
     parsed = tyro.cli(train.Config, args=training[1:])
     assert parsed.data == (rlds,) and parsed.labels[0].exists() and parsed.cache == out / "cache"
-    train_latent.train(train_latent.TokenizerTraining(out=out / "tok", num_codes=16, code_dim=16, **small), ONE)
+    of_tokenizer = dict(num_codes=16, code_dim=16, chunk=5)
+    train_latent.train(train_latent.TokenizerTraining(out=out / "tok", **of_tokenizer, **small), ONE)
     (training,) = commands_in(capsys.readouterr().out)
     parsed = tyro.cli(train.Config, args=training[1:])
-    assert parsed.variant == "la_tok" and parsed.tokenizer == str(out / "tok") and parsed.data == (rlds,)
+    assert (
+        parsed.variant == "la_tok"
+        and parsed.chunk == 5
+        and parsed.tokenizer == str(out / "tok")
+        and parsed.data == (rlds,)
+    )
     config = train_latent.LamTraining(out=out / "lam", stage=1, centre=False, **small, **sizes)
-    words = shlex.split(train_latent.next_command(config, "lam"))
-    parsed = tyro.extras.subcommand_cli_from_dict({"lam": train_latent.LamTraining}, args=words[1:])
+    words = shlex.split(train_latent.next_command(config, "lam", 1))
+    parsed = tyro.extras.subcommand_cli_from_dict({"lam": train_latent.LamTraining}, args=words[2:])
     assert parsed.init_from == out / "lam" and not parsed.centre and parsed.width == 16 and parsed.data == [rlds]

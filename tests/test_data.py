@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from conftest import odd_pixels
 from data_helpers import as_format, change_index, copy_rlds, made_index
 
 import data
+import files
 from batches import ActionChunks
 from dataspec import PRESETS, DataSpec, format_spec
 from index import Column, IndexWriter, cached_contents, read_index
@@ -274,24 +276,36 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_two_processes_may_write_one_index(tmp_path):
-    """The first that is done is kept whole; a failed scan leaves nothing."""
+@pytest.mark.parametrize("locks", (True, False))
+def test_processes_that_open_new_data(locks, tmp_path, monkeypatch):
+    """One reads it, the others wait; where the file system knows no locks, all do, and the first that is done is kept
+    whole. A failed scan leaves nothing."""
     folder = tmp_path / "index"
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(1 if locks else 3)
+    scans = []
+
+    def refuse(*arguments):
+        raise OSError("No locks available")
+
+    if not locks:
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
 
     def scan(writer, on_fault):
+        scans.append(writer)
         writer.append("columns", "a", np.arange(4.0))
         writer.end_episode(4)
         barrier.wait(20)
+        time.sleep(0.1)  # meanwhile the others ask
         writer.finish({}, fingerprint="f")
 
-    threads = [threading.Thread(target=cached_contents, args=(folder, scan)) for _ in range(2)]
+    threads = [threading.Thread(target=cached_contents, args=(folder, scan)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(scans) == (1 if locks else 3)
     assert np.array_equal(read_index(folder)["columns"]["a"], np.arange(4.0))
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["index"]
 
     def fail(writer, on_fault):
         writer.append("columns", "a", np.zeros(3))
@@ -299,7 +313,7 @@ def test_two_processes_may_write_one_index(tmp_path):
 
     with pytest.raises(ValueError, match="bad data"):
         cached_contents(tmp_path / "other", fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["index"]
 
 
 def test_texts_that_no_step_has_are_no_instructions(dataset):

@@ -45,6 +45,15 @@ def train_model(model, batches, lr):
 # Action tokenizer
 
 
+def test_attention_in_parts(monkeypatch):
+    """A batch that is larger than what CUDA's attention takes is the same in parts."""
+    attention = latent.Attention(16, 2)
+    x = torch.randn(7, 3, 5, 16)
+    whole = attention(x, causal=True)
+    monkeypatch.setattr(latent, "MOST_ROWS", 4)
+    assert torch.equal(attention(x, causal=True), whole)
+
+
 def test_fourier_features_equal_numpy():
     """The actions, then both parts of numpy's FFT over time."""
     actions = np.random.default_rng(0).normal(size=(3, 8, 7))

@@ -80,6 +80,15 @@ def test_codebook_is_the_running_mean_of_a_reference_loop():
     assert np.allclose(q.codebook, codebook, atol=1e-5) and np.allclose(q.counts, counts, atol=1e-5)
 
 
+def test_code_that_never_restarts_stays_where_it_was():
+    """Its running count and sum become too small to divide long before a large patience ends."""
+    q = quantiser_at([[0.0, 0.0], [1000.0, 0.0]], patience=10**9)
+    q.decay = 0.5
+    for _ in range(300):
+        q(torch.randn(4, 2, 2))
+    assert q.codebook[1, 0].item() == pytest.approx(1000)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_start_on_the_first_batch(kind):
     """Each code on a vector of its own."""

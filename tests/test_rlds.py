@@ -70,7 +70,7 @@ def test_second_opening_reads_the_cache(rlds, tmp_path):
     second = open_index(folder, tmp_path / "cache")
     assert np.array_equal(second.columns["action"], first.columns["action"]) and second.fingerprint == first.fingerprint
     assert dict(second.metadata) == dict(first.metadata) and dict(second.texts).keys() == first.texts.keys()
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.cache.name]
+    assert [p.name for p in (tmp_path / "cache").glob("[!.]*")] == [first.cache.name]
 
 
 def test_changed_shard_is_indexed_anew(rlds, index, tmp_path):
@@ -135,7 +135,7 @@ def test_flipped_bit_names_file_and_offset(rlds, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path.name}: wrong checksum .*byte {at}"):
             open_index(folder, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # no index of a damaged shard was kept
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1  # no index of a damaged shard was kept
 
 
 @pytest.mark.parametrize("name", ("features.json", "dataset_info.json"))
@@ -236,7 +236,7 @@ def test_wrong_record_is_named_at_opening(fault, rlds, tmp_path, capsys):
     expected = rf"{path.name}: record at byte [1-9]\d*: .*{message}.* \(episode 1\). Repair or remove this episode"
     with pytest.raises(ValueError, match=expected):
         open_index(folder, tmp_path / "cache")
-    assert not any((tmp_path / "cache").iterdir())
+    assert not any((tmp_path / "cache").glob("[!.]*"))
     errors, lines = run_check(folder, capsys)
     assert errors == 1 and re.search(expected, lines[0]) and "found in 7 episodes" in lines[-1]
 

@@ -183,6 +183,38 @@ def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config,
             assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
 
 
+def test_updates_by_hand(train_config, tmp_path):
+    """Three updates as plain arithmetic makes them: gradients scaled down to the norm, AdamW at the scheduled rate,
+    decay of matrices alone. The weights for evaluation are the moving average; training goes on from its own."""
+    flags = dict(variant="la_direct", max_steps=3, max_grad_norm=0.5, weight_decay=0.5, warmup_ratio=0.34)
+    run = train.main(train_config(tmp_path / "run", **flags))
+    setup = prepare_run_of(train_config(tmp_path / "other", **flags), ONE)
+    weights = {name: p for name, p in setup.vla.named_parameters() if p.requires_grad}
+    first, second = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
+    average = {name: p.detach().clone() for name, p in weights.items()}
+    norms = []
+    for step, lr in enumerate((0.5e-3, 1e-3, 1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi / 2)) / 2))):
+        setup.vla.zero_grad()
+        setup.vla(default_collate([setup.dataset[4 * step + n] for n in range(4)]))["loss"].backward()
+        norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in weights.values())))
+        with torch.no_grad():
+            for name, p in weights.items():
+                gradient = p.grad * min(1, 0.5 / norms[-1])
+                first[name].lerp_(gradient, 0.1)
+                second[name].lerp_(gradient.square(), 0.001)
+                p *= 1 - lr * 0.5 * (p.ndim >= 2 and "queries" not in name)
+                scale = (second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                p -= lr * first[name] / (1 - 0.9 ** (step + 1)) / scale
+                average[name].lerp_(p, 1 - (1 + step) / (10 + step))
+    assert min(norms) > 0.5 and max(norms) > 1.2 * min(norms)  # or the scale would not matter to AdamW
+    assert column(log_of(run), "grad_norm") == pytest.approx(norms, rel=1e-3)
+    evaluated, saved = (files.load_tensors(run / f"{name}.safetensors")[0] for name in ("model", "training-3"))
+    for name, p in weights.items():
+        assert torch.allclose(saved[name], p, atol=1e-5) and torch.allclose(evaluated[name], average[name], atol=1e-5)
+        assert torch.equal(saved[f"average.{name}"], evaluated[name])
+    assert any(not torch.allclose(average[name], p, atol=1e-4) for name, p in weights.items())
+
+
 def test_epochs_replace_max_steps(train_config, tmp_path, dataset):
     """0.1 epochs of the training episodes, rounded up to whole batches."""
     train.main(train_config(tmp_path / "run", variant="baseline", epochs=0.1, max_steps=99))
@@ -706,9 +738,9 @@ def test_missing_labels_name_the_commands_that_make_them(rlds, train_config, tmp
     """Two commands that are accepted: a model, then labels where training looks; no folder is made."""
     for where in ((), (tmp_path / "nowhere.safetensors",)):
         with pytest.raises(FileNotFoundError, match="variant la_direct needs latent labels") as caught:
-            train.main(train_config(tmp_path / "run", variant="la_direct", labels=where))
+            train.main(train_config(tmp_path / "run", variant="la_direct", labels=where, delta=5))
         lam, labelling = commands_in(str(caught.value))
-        assert lam.data == [rlds] and labelling.data == rlds and lam.out == labelling.lam
+        assert lam.delta == 5 and lam.data == [rlds] and labelling.data == rlds and lam.out == labelling.lam
         if where:
             assert labelling.out == where[0]
     assert not (tmp_path / "run").exists()

@@ -273,13 +273,16 @@ def test_held_out_episodes_are_measured_and_not_trained_on(command, rlds, cache,
 
 
 def test_second_stage_is_announced_with_the_flags_that_it_needs(tmp_path):
-    """The printed command, parsed as the command line would be, has the sizes of the first stage."""
-    config = lam_config(tmp_path / "one", tmp_path / "data", tmp_path, stage=1, centre=False, text="t5")
-    command = train_latent.next_command(config, "lam").split()
-    assert command[:6] == ["train_latent.py", "lam", "--stage", "2", "--init-from", str(tmp_path / "one")]
-    parsed = tyro.cli(train_latent.LamTraining, args=command[2:])
-    for name in ("image_size", "width", "num_blocks", "code_dim", "delta", "centre", "data"):
-        assert getattr(parsed, name) == getattr(config, name), name
+    """The printed command, parsed as the command line would be, has all settings of the first stage but those of its
+    place and its kind, on as many processes."""
+    settings = dict(stage=1, centre=False, text="t5", seed=3, learning_rate=1e-4, val_fraction=0.2, num_workers=2)
+    config = lam_config(tmp_path / "one", tmp_path / "data", tmp_path, **settings, wandb_project="mine")
+    command = train_latent.next_command(config, "lam", 1).split()
+    assert command[:7] == ["python", "train_latent.py", "lam", "--stage", "2", "--init-from", str(tmp_path / "one")]
+    parsed = tyro.cli(train_latent.LamTraining, args=command[3:])
+    assert replace(parsed, stage=1, init_from=None, out=config.out, text="t5") == config
+    on_eight = train_latent.next_command(config, "lam", 8).split()
+    assert on_eight == ["torchrun", "--standalone", "--nproc-per-node", "8", *command[1:]]
 
 
 def test_every_quantiser_is_a_choice_of_the_command_line():
