@@ -652,16 +652,25 @@ def test_readme_has_the_committed_table():
     assert controls in (study.ROOT / "docs/results.md").read_text() and "missing" not in controls
 
 
-def test_findings_quote_the_report():
-    """The differences in docs/study.md are those of the committed report, in the same order."""
+def test_findings_quote_the_reports():
+    """The table in docs/study.md is that of the committed report; so is each difference with its interval in the text,
+    of one of the reports."""
     findings = (study.ROOT / "docs/study.md").read_text().partition("## Findings")[2].partition("## Run it")[0]
-    report = (study.ROOT / "docs/studies/fewshot/report.md").read_text()
-    rows = re.findall(r"^\| `(\w+)`, (\w+) \|(.*)\|$", findings, re.M)
-    assert len(rows) == 10
-    for variant, rest, differences in rows:
-        (row,) = re.findall(rf"^\| {variant} \| {rest} \| 5 \|(.*)$", report, re.M)
-        difference = r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)"
-        assert re.findall(difference, differences) == re.findall(difference, row), (variant, rest)
+    reports = {name: (study.ROOT / f"docs/studies/{name}/report.md").read_text() for name in COMMITTED}
+    number = r"[+-][\d.]+"
+    difference = rf"{number} \({number} to {number}"
+    quoted = re.findall(difference, " ".join(findings.split()))
+    assert len(quoted) > 25 and all(any(text in report for report in reports.values()) for text in quoted), quoted
+    rows = re.findall(r"^\| `(\w+)`(, half as long)?(?:, (\w+))? \|(.*) \|$", findings, re.M)
+    assert len(rows) == 12
+    for variant, half, rest, cells in rows:
+        for labelled, cell in ((2, cells.split(" | ")[:2]), (5, cells.split(" | ")[2:])):
+            (row,) = re.findall(
+                rf"^\| {variant}{half} \| {rest or 'dropped'} \| {labelled} \|(.*)$", reports["fewshot"], re.M
+            )
+            success, _, _, minus_baseline, *_ = row.split(" | ")
+            assert success.split(" = ")[0].strip() == cell[0].strip(), (variant, half, rest, labelled)
+            assert re.findall(difference, minus_baseline) == re.findall(difference, cell[1]), (variant, rest, labelled)
 
 
 def test_only_some_cells_run(tmp_path, monkeypatch):
