@@ -586,8 +586,8 @@ def chosen(config, tasks, done):
     ]
 
 
-def write(config, chosen, folder):
-    """Write the staged episodes (task, j) as the data set folder/name/1.0.0.
+def write(config, episodes, folder):
+    """Write the staged episodes [(task, j)] as the data set folder/name/1.0.0.
 
     Call it in a process of its own: in one that has loaded TensorFlow, Mesa's EGL crashes.
     """
@@ -595,7 +595,7 @@ def write(config, chosen, folder):
     import tensorflow_datasets as tfds
 
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted write
-    paths = [staging(config) / f"{task}_{j}.npz" for task, j in chosen]
+    paths = [staging(config) / f"{task}_{j}.npz" for task, j in episodes]
     shards = min(len(paths), 1 + sum(path.stat().st_size for path in paths) // SHARD_BYTES)
     tfds.dataset_builders.store_as_tfds_dataset(
         name=config.out.name,

@@ -414,9 +414,8 @@ def cached_contents(folder, scan, on_fault=None):
             return contents
     if not (folder / "index.json").exists():
         make_folder(folder.parent, "--cache")
-        with locked(
-            folder.with_name(f".{folder.name}.lock"), wait=True
-        ):  # of all processes of a run one reads the data
+        lock = folder.with_name(f".{folder.name}.lock")
+        with locked(lock, wait=True):  # of all processes of a run one reads the data
             if not (folder / "index.json").exists():
                 _scan_into(folder, scan, raise_fault)
     return read_index(folder)
