@@ -283,6 +283,7 @@ def test_plan_says_what_is_to_do(tmp_path, capsys):
     assert study.main(settings) == 0
     # dropped: all, 5 and 2; joint: 5 and 2; first, half as long each: video once, then 5 and 2
     assert "7 of 7 cells to do: 65 updates, 140 episodes of each task" in capsys.readouterr().out
+    assert "only la_direct, so p are corrected for fewer comparisons" in study.describe(settings)  # its report says so
 
 
 def test_controls_are_played_by_the_first_seed(tmp_path):
