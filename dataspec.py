@@ -496,10 +496,10 @@ def propose_spec(index):
         cameras = {path: path for path in images}
     if images:
         guesses.append(f"the main camera is {next(iter(cameras))}")
-    if depths := [name for name, path in cameras.items() if "depth" in path]:
-        guesses.append(f"by name {', '.join(depths)} is depth, in 8 bits or in colours; is it worth being a camera?")
     else:
         guesses.append("there is no camera of 8 bits with 1 or 3 channels: no policy can be trained on this data")
+    if depths := [name for name, path in cameras.items() if "depth" in path]:
+        guesses.append(f"by name {', '.join(depths)} is depth, in 8 bits or in colours; is it worth being a camera?")
     if images and not colour:
         guesses.append("the cameras are grey; are they no depth? Grey is repeated to three channels")
     shapes = {index.features[path].shape[:2] for path in images}

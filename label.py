@@ -77,8 +77,8 @@ class EpisodeFrames(torch.utils.data.Dataset):
         steps = range(*self.dataset.starts[episode : episode + 2])
         resize, side = self.model.features.resize, self.model.features.image_size
         frames = np.empty((len(steps), side, side, 3), np.uint8)
-        for number, step in enumerate(steps):
-            frames[number] = resize(self.dataset.image(self.camera, step))
+        for place, step in enumerate(steps):
+            frames[place] = resize(self.dataset.image(self.camera, step))
         return episode, torch.from_numpy(frames)
 
 
@@ -115,8 +115,8 @@ def label_episodes(dataset, model, episodes, batch_size=64, texts=None, num_work
 
     texts: {instruction: states f32 [length, width]}, for stage 1.
     """
-    frames = EpisodeFrames(dataset, model, episodes)
-    loader = DataLoader(frames, batch_size=None, **worker_options(num_workers, timeout=0))
+    samples = EpisodeFrames(dataset, model, episodes)
+    loader = DataLoader(samples, batch_size=None, **worker_options(num_workers, timeout=0))
     for episode, frames in loader:
         steps = range(*dataset.starts[episode : episode + 2])
         states = [texts[dataset.instruction(step)] for step in steps] if texts else None

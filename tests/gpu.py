@@ -60,16 +60,7 @@ def checks(config):
     step = [*bench, "train", "--size", size, "--batch", batch, *small, *table("step")]
     if not config.tiny:
         step += ["--profile"]
-    pytest = [
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        "--no-tensorflow",
-    ]  # without pytest-xdist, too
+    pytest = "-m pytest -q -p no:cacheprovider -o addopts= --no-tensorflow".split()  # without pytest-xdist, too
     label = ["--steps", 16] if config.tiny else ["--full", "--steps", 256]
     infer = ["--batches", 1, 2] if config.tiny else ["--batches", 1, 16]
     numerics = ["--batch", batch, "--steps", 2 if config.tiny else 20]

@@ -244,6 +244,7 @@ def test_proposal_is_careful(tmp_path):
     start = "at the start of 0% of the episodes it is nearer to 0.08"
     assert any("a gripper, from 0 to 0.08: write which" in guess and start in guess for guess in guesses)
     assert any("the action joins action/turn, action/grip in this order" in guess for guess in guesses)
+    assert not any("no policy can be trained" in guess or "by name" in guess for guess in guesses)
     spec, guesses = propose_spec(made_index(tmp_path, columns, {}, {"a/left": grey, "b/left": grey}))
     assert spec.cameras == {"a/left": "a/left", "b/left": "b/left"}
     assert any("the cameras are grey; are they no depth?" in guess for guess in guesses)
