@@ -106,7 +106,8 @@ class Backbone(nn.Module):
         positions = torch.stack([self._mrope_positions(count) for count in self.camera_counts], 1)
         self.register_buffer("positions", positions, persistent=False)  # [3, camera counts, L]
         rotary = self.qwen.language_model.rotary_emb
-        cos, sin = rotary(torch.zeros(1), positions.to(rotary.inv_freq.device))
+        device = rotary.inv_freq.device  # that of a run which reserves more text
+        cos, sin = rotary(torch.zeros(1, device=device), positions.to(device))
         vision_cos, vision_sin = self._vision_rope()
         self.register_buffer("cos", cos, persistent=False)  # [camera counts, L, head_dim]
         self.register_buffer("sin", sin, persistent=False)
@@ -191,8 +192,8 @@ class Backbone(nn.Module):
     def patches(self, images):
         """Cut f32 [B, C, 3, S, S] into [B C, grid^2, 3 p p], in merge-block order as the image processor does."""
         side, m, p = self.grid // self.merge, self.merge, self.patch
-        x = images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p)
-        return x.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(5).flatten(1, 4)
+        x = images.flatten(0, 1).view(-1, 3, side, m, p, side, m, p)  # [B C, 3, side, m, p, side, m, p]
+        return x.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(5).flatten(1, 4)  # [B C, grid^2, 3 p p]
 
     def vision(self, images):
         """Map f32 [B, C, 3, S, S] in [-1, 1] to image tokens [B, C, tokens, D] and a list of deepstack features."""
@@ -206,7 +207,7 @@ class Backbone(nn.Module):
             x = self._run_layer(self._vision_block, block, x)
             if number in wanted:
                 features = visual.deepstack_merger_list[wanted.index(number)](x)
-                deepstack.append(features.view(*batch, self.tokens_per_image, -1))
+                deepstack.append(features.view(*batch, self.tokens_per_image, -1))  # [B, C, tokens, D]
         return visual.merger(x).view(*batch, self.tokens_per_image, -1), deepstack
 
     def _vision_block(self, block, x):
@@ -222,13 +223,13 @@ class Backbone(nn.Module):
     def _merge_order(self, table):
         """Reorder [grid, grid, n] (rows, columns) to [grid^2, n] in merge-block order."""
         side, m = self.grid // self.merge, self.merge
-        return table.view(side, m, side, m, -1).transpose(1, 2).flatten(0, 3)
+        return table.view(side, m, side, m, -1).transpose(1, 2).flatten(0, 3)  # [grid^2, n]
 
     def _vision_positions(self):
         """Resample the learned square table of positions to this image size, [grid^2, Dv]."""
         table = self.qwen.visual.pos_embed.weight
         old = math.isqrt(len(table))
-        square = table.T.view(1, -1, old, old).float()
+        square = table.T.view(1, -1, old, old).float()  # [1, Dv, old, old]
         resized = F.interpolate(square, (self.grid, self.grid), mode="bilinear", align_corners=True)
         return self._merge_order(resized[0].permute(1, 2, 0)).to(table.dtype)
 
@@ -287,12 +288,12 @@ class Backbone(nn.Module):
     def _scatter_to_image_tokens(self, features):
         """Spread [B, C, tokens, D] over the prompt: [B, L, D], zeros at all but the image tokens."""
         padded = F.pad(features, (0, 0, 1, 1)).flatten(1, 2)  # start and end token of each camera
-        return F.pad(padded, (0, 0, self.first_image, self.length - self.image_end))
+        return F.pad(padded, (0, 0, self.first_image, self.length - self.image_end))  # [B, L, D]
 
     def image_states(self, x):
         """Pick the image tokens of [B, L, D]: f32 [B, C tokens, D]."""
         blocks = x[:, self.first_image : self.image_end].unflatten(1, (self.cameras, -1))  # start, tokens, end
-        return blocks[:, :, 1:-1].flatten(1, 2).float()
+        return blocks[:, :, 1:-1].flatten(1, 2).float()  # [B, C tokens, D]
 
     def image_mask(self, num_cameras):
         """Return which of `image_states` a sample has, bool [B, C tokens]. num_cameras: i64 [B]."""

@@ -231,15 +231,14 @@ class ActionChunks(ShuffledSteps):
         return images
 
 
-def chunk_steps(starts, step, chunk):
-    """Return the steps i64 [H] of the chunk that begins at `step`, and valid bool [H]: inside the episode.
+def chunk_steps(starts, steps, chunk):
+    """Return the steps i64 [..., H] of the chunks that begin at `steps` i64 [...], and bool [..., H]: in the episode.
 
     starts: i64 [E + 1] as of an `Index`. Past the end of the episode a step's number is that of the last step.
     """
-    end = int(starts[np.searchsorted(starts, step, "right")])
-    steps = np.arange(step, step + chunk)
-    valid = steps < end
-    return np.minimum(steps, end - 1), valid
+    last = starts[np.searchsorted(starts, steps, "right"), None] - 1  # [..., 1]
+    wanted = np.add.outer(steps, np.arange(chunk))  # [..., H]
+    return np.minimum(wanted, last), wanted <= last
 
 
 def action_chunk(dataset, steps, valid):
@@ -319,11 +318,11 @@ def _shift(images, size, u):
     if u is not None:
         reach = round(SHIFT * size)
         places = torch.arange(size, device=u.device)
-        sources = (places[:, None] - ((2 * reach + 1) * u[:, None]).long() + reach).clamp(0, size - 1)  # [B, S, 2]
+        sources = (places[:, None] - ((2 * reach + 1) * u[:, None]).long() + reach).clamp(0, size - 1)  # [B, size, 2]
         columns, rows = sources.unbind(2)
         first = size * torch.arange(len(u), device=u.device)[:, None, None]  # row of each image in the batch
-        flat = (first + rows[:, :, None]) * size + columns[:, None]  # [B, S, S]
-        pixels = pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(-1, size, size, 3)
+        flat = (first + rows[:, :, None]) * size + columns[:, None]  # [B, size, size]
+        pixels = pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(-1, size, size, 3)  # [B, size, size, 3]
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
@@ -333,11 +332,13 @@ def _crop(images, size, u):
     u: f32 [B, 2] in [0, 1), where the crop lies between left and right and between top and bottom; None for the centre.
     """
     pixels = images.permute(0, 3, 1, 2).float() / 255
+    if max(images.shape[1:3]) > size:  # with a filter: what follows reads single pixels
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     side = CROP_AREA**0.5
     centre = pixels.new_zeros(len(pixels), 2) if u is None else (2 * u - 1) * (1 - side)
     places = (2 * torch.arange(size, device=pixels.device) + 1) / size - 1  # of the pixels, from -1 to 1
-    columns, rows = (side * places[:, None] + centre[:, None]).unbind(2)  # [B, S] each
-    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), 3)  # [B, S, S, 2]
+    columns, rows = (side * places[:, None] + centre[:, None]).unbind(2)  # [B, size] each
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), 3)  # [B, size, size, 2]
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

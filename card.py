@@ -24,7 +24,7 @@ BEGIN, END = "<!-- results: written by eval.py -->", "<!-- end of the results --
 UPLOAD = 'hf upload OWNER/NAME RUN --exclude "training-*" --exclude "watch/*" --exclude "best/*"'
 MOST_INSTRUCTIONS = 20  # that a card lists
 RELEASES = {r"libero_(spatial|object|goal|10)_no_noops": "openvla/modified_libero_rlds"}  # data set -> its repository
-CONTROLS = {  # an option of eval.py that changes what is evaluated -> what it means, with its value
+CONTROL_TEXTS = {  # an option of eval.py that changes what is evaluated -> what it means, with its value
     "blind": "all images are black",
     "black_camera": "the image of `{}` is black",
     "swap_cameras": "the first two cameras are exchanged",
@@ -79,7 +79,7 @@ def write_card(run):
     run = Path(run)
     config = read_json(run / "config.json")
     note = f"<!-- To upload this folder: {UPLOAD} -->"
-    parts = [note, introduction(run, config), usage(config), *map(observation, config["data"])]
+    parts = [note, introduction(run, config), usage(config), *map(describe_observation, config["data"])]
     text = "\n\n".join(parts)
     card = ModelCard(f"---\n{make_metadata(config).to_yaml()}\n---\n{text}\n")
     add_results(card, run, config)
@@ -190,7 +190,7 @@ def describe_backbone(model):
 
 def usage(config):
     """Return how to load and ask the policy."""
-    entry = next((entry for entry in config["data"] if description(entry).action), None)
+    entry = next((entry for entry in config["data"] if spec_of(entry).action), None)
     if not entry:
         return (
             "## Use\n\nIt saw no action, so it is no policy yet; `python train.py --init-from RUN` trains one from it."
@@ -218,14 +218,14 @@ actions = policy(observation)  # {config["model"]["chunk"]} actions
 `python eval.py OWNER/NAME` evaluates it."""
 
 
-def description(entry):
+def spec_of(entry):
     """Return the `DataSpec` of a data set; runs from before there were descriptions had only LIBERO's."""
     return parse_spec(entry["spec"], "config.json") if "spec" in entry else PRESETS["libero"]
 
 
-def observation(entry):
+def describe_observation(entry):
     """Return what a data set's observations and actions are, as a section. entry: of config.json."""
-    spec = description(entry)
+    spec = spec_of(entry)
     rows = {}
     for camera, stored in entry["cameras"].items():
         size = stored["size"] if isinstance(stored["size"], list) else [stored["size"]] * 2
@@ -300,7 +300,7 @@ def read_summaries(run):
 def controls(summary):
     """Return what was changed in an evaluation, as texts."""
     settings = summary["settings"]
-    return [text.format(settings[name]) for name, text in CONTROLS.items() if settings.get(name)]
+    return [text.format(settings[name]) for name, text in CONTROL_TEXTS.items() if settings.get(name)]
 
 
 def title(summary, suite):

@@ -44,11 +44,13 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(timeout=600):
+def init_distributed(timeout=600, batch=None):
     """Join the process group if torchrun started this process, and choose its device; return `Ranks`.
 
     The device is a GPU when there is one. On a CPU one thread is used unless OMP_NUM_THREADS says otherwise.
     timeout: seconds that a process waits for the others.
+    batch: samples that the processes share. On the CPUs of one machine, those without an equal share end, so that
+    torchrun's `auto` works with any number of cores.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # or processes of a killed torchrun would meet those of the next one
@@ -62,6 +64,15 @@ def init_distributed(timeout=600):
     if cuda:
         torch.cuda.set_device(device)  # NCCL sends objects, as all_gather_object's, from the current device
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16, as the action head
+    elif batch and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        started, world = world, max(number for number in range(1, world + 1) if batch % number == 0)
+        if rank >= world:
+            sys.exit()
+        if rank == 0 and world < started:
+            print(
+                f"{world} of {started} processes train: more of them cannot share a batch of {batch} equally",
+                flush=True,
+            )
     if world > 1:
         _join_group("nccl" if cuda else "gloo", rank, world, timedelta(seconds=timeout))
     return Ranks(rank, world, device)
@@ -89,15 +100,6 @@ def die_with_parent():
     """Let the kernel kill this process when the one that started it ends; on Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def check_bf16_support(name, capability):
-    """Raise ValueError for a GPU without bf16, given its name and compute capability (major, minor)."""
-    if tuple(capability) < (8, 0):
-        raise ValueError(
-            f"the GPU {name} has compute capability {capability[0]}.{capability[1]}, and bf16 needs 8.0 (Ampere); "
-            "use a newer one, or the CPU with CUDA_VISIBLE_DEVICES="
-        )
 
 
 def all_sum(tensor):
@@ -148,7 +150,7 @@ def to_device(batch, device):
 def autocast(device, half=False):
     """Return the context in which large matrices multiply: bf16 on a GPU, or with `half` on any device, else f32.
 
-    What is trained, losses and codebooks stay in f32.
+    What is trained, losses and codebooks stay in f32 (their products in TF32).
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda")
 
@@ -352,13 +354,12 @@ def _is_whole_entry_before(line, step):
 
 
 class Meter:
-    """Training speed in samples/s over the last `window` updates."""
+    """Training speed in samples/s over the last 50 updates."""
 
-    def __init__(self, window=50):
-        self.window = window
+    def __init__(self):
         self.times = [time.perf_counter()]
 
     def tick(self, samples):
         """Note that an update of `samples` samples is done; return samples/s."""
-        self.times = [*self.times, time.perf_counter()][-self.window - 1 :]
+        self.times = [*self.times, time.perf_counter()][-51:]  # between which lie 50 updates
         return samples * (len(self.times) - 1) / (self.times[-1] - self.times[0])

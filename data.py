@@ -159,10 +159,12 @@ class Dataset:
 
     @cached_property
     def action_normaliser(self):
+        """The `Normaliser` of the actions. Raise as `stats`."""
         return Normaliser(self.stats["action"])
 
     @cached_property
     def state_normaliser(self):
+        """The `Normaliser` of the states. Raise as `stats`."""
         return Normaliser(self.stats["proprio"])
 
     @cached_property
@@ -302,11 +304,11 @@ def check_embodiments(datasets):
 
     Video of a robot has no action and no state to compare.
     """
-    first = {}  # {(embodiment, with actions or not): data set}
+    first, first_alike = {}, {}  # {embodiment: data set}, {(embodiment, with actions or not): data set}
     for dataset in datasets:
         spec = dataset.spec
-        other = first.setdefault((spec.embodiment, bool(dataset.action_size)), dataset)
-        known = first.setdefault((spec.embodiment, None), dataset)
+        known = first.setdefault(spec.embodiment, dataset)
+        other = first_alike.setdefault((spec.embodiment, bool(dataset.action_size)), dataset)
         pairs = {
             "cameras": (known, list(spec.cameras), list(known.spec.cameras)),
             "action sizes": (other, dataset.action_size, other.action_size),
@@ -338,6 +340,8 @@ def choose_chunk(chunk, datasets):
 
 @dataclass
 class Config:
+    """Settings of `python data.py`."""
+
     data: tyro.conf.Positional[Path]
     """folder of a data set"""
     spec: str = ""

@@ -369,9 +369,9 @@ def check_features(spec, index, source):
         raise ValueError(f"{place}: grippers, absolute and unchanged name dimensions {numbers}, the action has {size}")
     if spec.action_names and len(spec.action_names) != size:
         raise ValueError(f"{place}: action_names are {len(spec.action_names)}, the action has {size} dimensions")
-    for name in ("codes", "vectors"):
-        if spec.latents:
-            _check_kind(index, spec.latents.get(name, ""), "number", f"latents' {name}", place, known)
+    if spec.latents:
+        for name in ("codes", "vectors"):
+            _check_kind(index, spec.latents[name], "number", f"latents' {name}", place, known)
 
 
 def _check_kind(index, path, kind, what, place, known):

@@ -167,7 +167,29 @@ def plan_trials(config, policy):
         for task in check_tasks(config.task_ids or trained, suite, playable[suite], len(texts)):
             shared |= {"task": task, "instruction": texts[task], "prompt": make_prompt(config, texts, task, trained)}
             episodes += [Episode(seed=config.seed + trial, trial=trial, **shared) for trial in range(config.trials)]
+            if not widen and (starts := simulator.count_starts(suite, task)):
+                warn_of_known_starts(config, suite, task, starts, entry)
     return episodes
+
+
+def warn_of_known_starts(config, suite, task, starts, entry):
+    """Warn when trials of a task, which has so many official `starts`, are no new ones.
+
+    Their objects stand where they stood in other trials, or in demonstrations; fixtures differ where a suite has some
+    that move.
+    """
+    played = {seed % starts for seed in range(config.seed, config.seed + config.trials)}
+    if len(played) < config.trials:
+        print(
+            f"WARNING: {suite} task {task} has {starts} official starts, so only {len(played)} of the {config.trials} "
+            "trials differ, but for fixtures: intervals are too narrow"
+        )
+    known = {seed % starts for seed in entry.get("official_seeds", ())} if suite == entry.get("suite") else set()
+    if both := played & known:
+        print(
+            f"WARNING: {suite} task {task}: from {len(both)} of the {len(played)} starts the run's demonstrations "
+            "began too; choose others with --seed, or new places with --widen"
+        )
 
 
 def choose_suites(config, entry, playable):
@@ -336,12 +358,8 @@ def warn_of_new_instructions(prompts, trained):
     """Warn of every prompt that is not, letter for letter, an instruction of the training data, naming the closest."""
     for prompt in sorted(set(prompts) - set(trained)):
         closest = difflib.get_close_matches(prompt, trained, 1, 0)
-        print(
-            f"WARNING: the policy gets the instruction {prompt!r}, which was never an instruction in its training; "
-            f"the closest one was {closest[0]!r}"
-            if closest
-            else f"WARNING: the policy gets the instruction {prompt!r}, but its training had none"
-        )
+        about = f"which was never an instruction in its training; the closest one was {closest[0]!r}" if closest else ""
+        print(f"WARNING: the policy gets the instruction {prompt!r}, {about or 'but its training had none'}")
 
 
 def mark_videos(episodes, video, folder):
@@ -385,8 +403,8 @@ def result_path(config):
 
 
 def run_all(config, episodes, act, results):
-    """Play the episodes that the results lack, with a progress bar, and record the videos that are missing."""
-    played = {trial_key(trial): trial for trial in results.trials}
+    """Play the episodes that the results lack, or that ended in an error, and record the videos that are missing."""
+    played = {trial_key(trial): trial for trial in results.trials if trial["success"] is not None}
     trials = []  # the outcomes so far
     todo = []
     videos = []  # played, but without the video that they should have
@@ -422,23 +440,23 @@ def run_all(config, episodes, act, results):
 
 
 def report(episodes, results, entry, **provenance):
-    """Write the summary of these episodes to the result file's name in .json, print it and return it.
+    """Write the summary of all trials of the file to its name in .json; print that of these episodes and return it.
 
     entry: see `expert_successes`; provenance: more keys of the summary.
     """
+    provenance |= {name: results.shared[name] for name in ("settings", "versions")} | {"command": sys.argv}
+    provenance |= {"commits": sorted({trial["commit"] for trial in results.trials})}
+    path = results.path.with_suffix(".json")
+    write_json(path, summarise(results.trials, entry) | provenance)
     keys = {trial_key(vars(episode)) for episode in episodes}
     trials = [trial for trial in results.trials if trial_key(trial) in keys]
     summary = summarise(trials, entry) | provenance
-    summary |= {name: results.shared[name] for name in ("settings", "versions")}
-    summary |= {"command": sys.argv, "commits": sorted({trial["commit"] for trial in trials})}
-    path = results.path.with_suffix(".json")
-    write_json(path, summary)
     print_table(summary)
     for trial in trials:
         if trial["success"] is None:
             print(f"{trial['suite']} task {trial['task']} seed {trial['seed']}: {trial['reason']}")
     others = len(results.trials) - len(trials)
-    note = f" ({others} others are in it)" if others else ""
+    note = f" ({others} others are in it, and count in the result)" if others else ""
     print(f"\nresult: {path}\nepisodes: {results.path}{note}")
     return summary
 
@@ -483,11 +501,13 @@ def replay(config):
     episodes = shard(plan_replay(config, dataset, stats["action"]), config.shard)
     if not episodes:
         raise ValueError(f"shard {config.shard} of {dataset.num_episodes} episodes has none; give fewer shards")
-    path = dataset.cache / f"replay{'-' * bool(config.shard)}{config.shard.replace('/', 'of')}.jsonl"
-    if config.out and config.out.exists():
-        raise ValueError(f"out is {config.out}, which exists; a replay begins anew, so give a file that does not")
-    path.unlink(missing_ok=True)  # the simulator may have changed since
-    path = config.out or path
+    path = config.out
+    if path and path.exists():
+        raise ValueError(f"out is {path}, which exists; a replay begins anew, so give a file that does not")
+    if not path:
+        part = f"-{config.shard.replace('/', 'of')}" if config.shard else ""
+        path = dataset.cache / f"replay{part}.jsonl"
+        path.unlink(missing_ok=True)  # the simulator may have changed since
     settings = {"replay": dataset.fingerprint, "statistics": statistics_hash(stats)}
     results = Results(path, settings, load_simulator(config).versions())
     run_all(config, episodes, None, results)
@@ -504,15 +524,8 @@ def replay(config):
 
 def check(config):
     """Raise ValueError for values that cannot work and for options that would be ignored."""
-    for name, low in (
-        ("trials", 1),
-        ("policy_batch", 1),
-        ("envs", 0),
-        ("seed", 0),
-        ("widen", 0),
-        ("max_steps", 0),
-        ("watchdog", 1),
-    ):
+    least = {"trials": 1, "policy_batch": 1, "envs": 0, "seed": 0, "widen": 0, "max_steps": 0, "watchdog": 1}
+    for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"{name} is {value}; it must be at least {low}")

@@ -105,16 +105,18 @@ def make_folder(path, option):
 def locked(path, wait=False):
     """Lock a file that stands for something that one process at a time may do; yield the file.
 
-    wait: until no other process has it. Yield None where another has it, or the file system knows no locks.
+    wait: until no other process has it. Yield None where another has it. Where the file system knows no locks, warn and
+    yield the file unlocked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
-            yield file
+        except BlockingIOError:
+            file = None
+        except OSError as error:
+            print(f"WARNING: {path} cannot be locked ({error}): let no two processes work on it at a time", flush=True)
+        yield file
 
 
 def check_new_folder(path):

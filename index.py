@@ -168,7 +168,8 @@ class Index:
 
     starts: i64 [E + 1], episode e has the steps starts[e] to starts[e + 1] - 1; features: {path: Feature}; columns:
     {path: Column} (or arrays [S, ...]); texts: {path: Texts}; metadata: {name: [E values]}; fingerprint: hash of the
-    contents, the same wherever the data lies. A subclass adds `read_image`, `file_of` and `storage_options`.
+    contents, the same wherever the data lies. A subclass adds `read_image`, `file_of` and, where images are not PNG,
+    `storage_options`.
     """
 
     name: str
@@ -213,8 +214,11 @@ class Index:
         raise NotImplementedError
 
     def storage_options(self, path):
-        """Return Pillow's save options {"format": ..., ...} that store an image as this feature's images are stored."""
-        raise NotImplementedError
+        """Return Pillow's save options {"format": ..., ...} that store an image as this feature's images are stored.
+
+        PNG unless a format knows better: how a video was compressed cannot be done to a single image.
+        """
+        return {"format": "PNG"}
 
     def image(self, path, step):
         """Return an image u8 [height, width, 3]; grey ones are repeated to three channels.
@@ -251,10 +255,8 @@ def later_steps(index, steps, delta):
     return np.minimum(np.add(steps, delta), index.starts[np.searchsorted(index.starts, steps, "right")] - 1)
 
 
-def episode_steps(index, episodes=None):
-    """Return the steps i64 [n] of some episodes, or of all for None."""
-    if episodes is None:
-        return np.arange(len(index))
+def episode_steps(index, episodes):
+    """Return the steps i64 [n] of some episodes."""
     return np.concatenate([np.zeros(0, np.int64), *(np.arange(index.starts[e], index.starts[e + 1]) for e in episodes)])
 
 

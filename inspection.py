@@ -1,8 +1,6 @@
 """Looking at a data set: its description, numbers and pictures, and all that is wrong with it.
 
 `python data.py DIR` prints and draws it, `python data.py DIR --check` reads everything and lists the faults.
-
-Axes: S steps of a data set, A action size.
 """
 
 import itertools
@@ -135,13 +133,13 @@ def _print_ranges(name, stats, labels):
         print(f"  {number:6d}       " + " ".join(f"{value:9.4f}" for value in values) + f"  {label}{notes}")
 
 
-def contact_sheet(dataset, episodes=8):
-    """Return a PIL image with one column per episode and, for each camera, its first and its last frame.
+def contact_sheet(dataset):
+    """Return a PIL image with one column for each of eight episodes and, for each camera, its first and last frame.
 
-    Captions say how far each gripper is open, so that one can see whether that is so.
-    episodes: how many are shown, at most, evenly spread over the data set.
+    The episodes are evenly spread over the data set. Captions say how far each gripper is open, so that one can see
+    whether that is so.
     """
-    shown = np.unique(np.linspace(0, dataset.num_episodes - 1, episodes).astype(int))
+    shown = np.unique(np.linspace(0, dataset.num_episodes - 1, 8).astype(int))
     rows = [(camera, place) for camera in dataset.cameras for place in ("first", "last")]
     sheet = Image.new("RGB", (len(shown) * THUMBNAIL, len(rows) * THUMBNAIL), "white")
     draw = ImageDraw.Draw(sheet)

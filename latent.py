@@ -480,7 +480,7 @@ class CodeSet(nn.Module):
         return c - self.centre
 
 
-class ActionHead(nn.Module):
+class ChunkHead(nn.Module):
     """Predicts a chunk of actions from the mean of a sample's code vectors; each embodiment has an output layer."""
 
     def __init__(self, code_dim, chunk, action_sizes):
@@ -533,7 +533,7 @@ class LatentActionModel(nn.Module):
         self.out = nn.Linear(width, size)
         self.decoder = Transformer(width, length, *blocks)
         self.text_up = nn.Linear(text_size, width) if sizes.stage == 1 else None
-        self.action_head = ActionHead(sizes.code_dim, chunk, action_sizes) if action_sizes else None
+        self.action_head = ChunkHead(sizes.code_dim, chunk, action_sizes) if action_sizes else None
         if sizes.predict_change:  # at first, predict no change
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)

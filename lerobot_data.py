@@ -83,10 +83,6 @@ class LeRobotIndex(Index):
             raise ValueError(f"its bytes are not in {file}, only the name {(stored or {}).get('path')}")
         return decode_image(stored["bytes"], self.features[path].shape[2], formats=None)
 
-    def storage_options(self, path):
-        """Return {"format": "PNG"}: how a video was compressed cannot be done to a single image."""
-        return {"format": "PNG"}
-
 
 @functools.lru_cache(maxsize=4)
 def read_row_group(file, group, column, process):

@@ -100,8 +100,8 @@ def check_model_config(config):
             f"placeholders_per_step is {config.placeholders_per_step} with {config.variant}; "
             "only the baseline takes more than 1"
         )
-    if config.head_width % max(4, config.head_width // 64):
-        heads = max(4, config.head_width // 64)
+    heads = max(4, config.head_width // 64)
+    if config.head_width % heads:
         raise ValueError(f"head_width is {config.head_width}; it must be a multiple of {heads}")
     if config.continuous and VARIANTS[config.variant].loss != "codes":
         names = [name for name, variant in VARIANTS.items() if variant.loss == "codes"]
@@ -142,7 +142,7 @@ class HeadBlock(nn.Module):
         bool [B, C tokens], the image tokens that a sample has (default: all).
         """
         h = self.norm(x)
-        image_k, image_v = self.image(self.norm_states(images)).chunk(2, -1)
+        image_k, image_v = self.image(self.norm_states(images)).chunk(2, -1)  # [B, C tokens, W] each
         rest = torch.cat([self.own(h), self.bridge(self.norm_states(placeholders)), self.state(proprio)], 1)
         k, v = rest.chunk(2, -1)
         k = torch.cat([k, image_k * self.gate.tanh()], 1)  # [B, H + Q + 1 + C tokens, W]
@@ -151,7 +151,7 @@ class HeadBlock(nn.Module):
         if image_mask is not None:
             mask = F.pad(image_mask, (rest.shape[1], 0), value=True)[:, None, None]  # [B, 1, 1, keys]
         mixed = F.scaled_dot_product_attention(*(self._split_heads(t) for t in (self.query(h), k, v)), attn_mask=mask)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))  # [B, H, W]
         return x + self.mlp(self.norm_mlp(x))
 
     def _split_heads(self, x):
@@ -175,7 +175,7 @@ class EmbodimentLinear(nn.Module):
             out = layer(x[..., : layer.in_features])
             outputs.append(F.pad(out, (0, self.size - out.shape[-1])))
         chosen = F.one_hot(embodiment, len(outputs)).to(x.dtype)  # [B, E]
-        return torch.einsum("be,eb...->b...", chosen, torch.stack(outputs))
+        return torch.einsum("be,eb...->b...", chosen, torch.stack(outputs))  # [B, ..., largest output]
 
 
 class ActionHead(nn.Module):
@@ -187,12 +187,12 @@ class ActionHead(nn.Module):
     def __init__(self, config, states, blocks, width):
         """config: `ModelConfig`; states: width D of the backbone's states; blocks: M."""
         super().__init__()
-        _, actions, proprios, _ = zip(*config.embodiments) if config.embodiments else [[None]] * 4
+        count = len(config.embodiments)
         self.queries = nn.Parameter(0.5 * torch.randn(config.chunk, width))  # one per chunk step: steps can differ
-        self.several = bool(config.embodiments)
+        self.several = count > 0
         self.proprio = None
         if config.proprio_size and self.several:
-            self.proprio = EmbodimentLinear(proprios, [width] * len(proprios))
+            self.proprio = EmbodimentLinear([size for _, _, size, _ in config.embodiments], [width] * count)
         elif config.proprio_size:
             self.proprio = nn.Linear(config.proprio_size, width)
         heads = max(4, width // 64)
@@ -200,15 +200,15 @@ class ActionHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.guesses = len(QUANTILES) if config.action_loss == "quantile" else 1  # n, of each number
         if self.several:
-            self.out = EmbodimentLinear([width] * len(actions), [size * self.guesses for size in actions])
+            self.out = EmbodimentLinear([width] * count, [size * self.guesses for _, size, *_ in config.embodiments])
         else:
             self.out = nn.Linear(width, config.action_size * self.guesses)
 
     def forward(self, layers, proprio, embodiment=None, image_mask=None):
         """Return actions f32 [B, H, A, n]: n quantiles of each number, or one guess.
 
-        layers: M pairs (placeholders [B, Q, D], images [B, C tokens, D]) of states; proprio: f32 [B, N]; embodiment:
-        i64 [B], of several; image_mask: as of `HeadBlock`.
+        layers: M pairs (placeholders [B, Q, D], images [B, C tokens, D]) of states; proprio: f32 [B, proprio size];
+        embodiment: i64 [B], of several; image_mask: as of `HeadBlock`.
         """
         batch = len(proprio)
         which = [embodiment] if self.several else []
@@ -216,7 +216,7 @@ class ActionHead(nn.Module):
         token = self.proprio(proprio, *which)[:, None] if self.proprio else x[:, :0]
         for block, (placeholders, images) in zip(self.blocks, layers, strict=True):
             x = block(x, placeholders, images, token, image_mask)
-        return self.out(self.norm(x), *which).unflatten(-1, (-1, self.guesses))
+        return self.out(self.norm(x), *which).unflatten(-1, (-1, self.guesses))  # [B, H, A, n]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import torch
 
 from backbone import prompt_ids
 from checkpoint import load_trainable
-from common import check_bf16_support
 from dataspec import PRESETS, fit_image, format_spec, parse_spec
 from execution import Execution
 from files import load_tensors, read_json
@@ -27,7 +26,7 @@ from images import read_image, resize_image, store_image
 from lora import base_hash, merge_lora
 from model import VLA, ModelConfig, check_model_config
 from normalise import Normaliser, statistics_hash, to_robosuite, unstandardise
-from pretrained import load_qwen
+from pretrained import check_bf16_support, load_qwen
 from tiny import SIZES
 
 MOST = 128  # observations of one forward pass; more take several
@@ -104,7 +103,9 @@ def _check_sizes(config, num_weights):
             raise ValueError(f"embodiments hold {entry!r:.80} in config.json. Put the run's own file back.")
     check_model_config(config)
     width = config.head_width or 1
-    least = width * max(config.chunk, config.action_size, config.proprio_size, 14 * width)  # of a block of the head
+    least = width * max(
+        config.chunk, config.action_size, config.proprio_size, 14 * width
+    )  # 14 W^2: a block of the head
     least = max(least, 64 * max(config.num_codes, config.code_dim, config.lora_rank))  # no backbone is narrower
     if least > num_weights:
         raise ValueError(f"config.json asks for more than the {num_weights} weights of the run: {config}")

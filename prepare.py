@@ -64,16 +64,7 @@ def prepare(config, ranks, free_to_change):
     datasets = open_datasets(config.data, config.cache, config.spec)
     check_embodiments(datasets)
     for dataset in datasets:
-        print0(describe_reading(dataset))
-        if not all(text.strip() for text in dataset.instructions()):
-            print0(f"WARNING: {dataset.name} has episodes whose instruction is empty")
-        actions = dataset.stats["action"] if dataset.action_size else {}
-        for number in rare_motions(actions) if actions else ():
-            low, high, q01, q99 = (actions[name][number] for name in ("min", "max", "q01", "q99"))
-            print0(
-                f"WARNING: {dataset.name}: dimension {number} of the action is normalised by its smallest and largest "
-                f"value, {low:g} and {high:g}, as 98 % of its values lie from {q01:g} to {q99:g}"
-            )
+        print_reading(dataset)
     cameras = [choose_cameras(config, dataset) for dataset in datasets]
     chunk = choose_chunk(config.chunk, datasets)
     splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
@@ -126,6 +117,22 @@ def prepare(config, ranks, free_to_change):
 # The command line
 
 
+def print_reading(dataset):
+    """Print how a data set is read, and what is odd about its instructions and actions."""
+    print0(describe_reading(dataset))
+    if not all(text.strip() for text in dataset.instructions()):
+        print0(f"WARNING: {dataset.name} has episodes whose instruction is empty")
+    if not dataset.action_size:
+        return
+    actions = dataset.stats["action"]
+    for number in rare_motions(actions):
+        low, high, q01, q99 = (actions[name][number] for name in ("min", "max", "q01", "q99"))
+        print0(
+            f"WARNING: {dataset.name}: dimension {number} of the action is normalised by its smallest and largest "
+            f"value, {low:g} and {high:g}, as 98 % of its values lie from {q01:g} to {q99:g}"
+        )
+
+
 AT_LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)
 AT_LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha eval_trials".split(), 1)
 AT_LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length eval_every".split(), 0)
@@ -146,17 +153,17 @@ def check_config(config, world):
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be at least 0 and below 1")
     if not config.ema < 1:
         raise ValueError(f"ema is {config.ema}; it must be below 1: the average would never move")
-    shares = config.global_batch_size / world
-    if shares != int(shares):
+    share, rest = divmod(config.global_batch_size, world)
+    if rest:
         most = max(number for number in range(1, world) if config.global_batch_size % number == 0)
         raise ValueError(
             f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes. "
             f"Start {most} instead: torchrun --nproc-per-node {most}"
         )
-    if config.per_device_batch_size and shares % config.per_device_batch_size:
+    if config.per_device_batch_size and share % config.per_device_batch_size:
         raise ValueError(
             f"per_device_batch_size is {config.per_device_batch_size}; "
-            f"it must divide the {int(shares)} samples of each process"
+            f"it must divide the {share} samples of each process"
         )
     for name in ("data_weights", "labels", "spec"):
         if getattr(config, name) and len(getattr(config, name)) != len(config.data):
@@ -377,6 +384,8 @@ def describe_data(dataset, cameras, sides, instructions=()):
         entry["tasks"] = sorted({task for task, step in recorded if dataset.instruction(step) in entry["instructions"]})
         entry["widen"] = round(metadata["widen"][0], 6)
         entry["seeds"] = [min(metadata["seed"]), max(metadata["seed"])]
+        if not entry["widen"]:  # they began from official starts, whose number, 10 or 50, divides 10 000
+            entry["official_seeds"] = sorted({int(seed) % 10_000 for seed in metadata["seed"]})
     note = dataset.find_shipped("expert.json")
     if note.exists():
         entry["expert"] = json.loads(note.read_text()).get("evaluation", [])
@@ -416,9 +425,7 @@ def make_model_config(config, dataset, labels, tokenizer):
         lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets,
         head_width=config.head_width,
-        gate=1.0
-        if config.backbone in SIZES
-        else 0.0,  # at 0 a random backbone learns slower: it sees an even mix of images
+        gate=float(config.backbone in SIZES),  # at 0 a random backbone learns slower: it sees an even mix of images
         embodiments=embodiment_sizes(config, dataset),
     )
 

@@ -12,7 +12,7 @@ from tiny import SIZES
 
 IMAGE = ("la_align", "la_direct", "la_cond")  # variants that learn from labels of images
 LATENT = ("la_tok", *IMAGE)
-CONTROLS = {  # what the policy is denied -> flags of eval.py
+CONTROL_FLAGS = {  # what the policy is denied -> flags of eval.py
     "blind": ("--blind",),
     "main camera black": ("--black-camera", "image"),
     "wrist camera black": ("--black-camera", "wrist_image"),
@@ -144,7 +144,7 @@ PRESETS = {
         50,
         variant_cells,
         compare=(Comparison({"variant": "baseline"}),),
-        controls=tuple(CONTROLS),
+        controls=tuple(CONTROL_FLAGS),
     ),
     "fewshot": Preset(
         "Few demonstrations with actions, many without: do latent actions learn from the others?",

@@ -79,3 +79,12 @@ def check_loaded_weights(backbone, info):
             f"the weights of backbone {backbone} are not those of its config.json: {'; '.join(faults[:12])}{more}. "
             "Give the folder of a whole Qwen3-VL, with LoRA merged and names as in the release"
         )
+
+
+def check_bf16_support(name, capability):
+    """Raise ValueError for a GPU without bf16, given its name and compute capability (major, minor)."""
+    if tuple(capability) < (8, 0):
+        raise ValueError(
+            f"the GPU {name} has compute capability {capability[0]}.{capability[1]}, and bf16 needs 8.0 (Ampere); "
+            "use a newer one, or the CPU with CUDA_VISIBLE_DEVICES="
+        )

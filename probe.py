@@ -41,6 +41,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 
+from batches import chunk_steps
 from common import init_distributed
 from data import open_dataset
 from files import check_writable, git_commit, make_folder, read_json, write_json
@@ -119,16 +120,6 @@ def episodes_of(dataset, steps):
     return np.searchsorted(dataset.starts, steps, "right") - 1
 
 
-def chunks_of_steps(dataset, steps, chunk):
-    """Return the steps i64 [n, H] of the chunks that begin at `steps` i64 [n], and bool [n, H]: inside the episode.
-
-    Past the end of the episode a step's number is that of the last step.
-    """
-    wanted = steps[:, None] + np.arange(chunk)  # [n, H]
-    last = later_steps(dataset, steps, len(dataset))[:, None]  # [n, 1]
-    return np.minimum(wanted, last), wanted <= last
-
-
 def action_chunks(read, steps):
     """Return the actions f32 [n, H, A] at `steps` i64 [n, H]. read: a data set's function (i64 [m]) -> f32 [m, A]"""
     return read(steps.ravel()).reshape(*steps.shape, -1)
@@ -136,7 +127,7 @@ def action_chunks(read, steps):
 
 def mean_actions(dataset, steps, chunk):
     """Return f64 [n, A]: the mean action over the chunk of each of `steps` i64 [n] within its episode, as stored."""
-    chunks, valid = chunks_of_steps(dataset, steps, chunk)
+    chunks, valid = chunk_steps(dataset.starts, steps, chunk)
     actions = action_chunks(dataset.stored_action, chunks)
     return (actions * valid[..., None]).sum(1, dtype=np.float64) / valid.sum(1)[:, None]
 
@@ -401,11 +392,9 @@ def probe_tokenizer(model, dataset, config, split):
     held = split[1]
     embodiment = torch.tensor(embodiment_number(model, dataset, config.tokenizer))
     steps = episode_steps(dataset, held)
-    chunks, valid = chunks_of_steps(dataset, steps, model.config["chunk"])
-    normalised, valid_steps = (
-        torch.from_numpy(action_chunks(dataset.normalised_action, chunks)),
-        torch.from_numpy(valid),
-    )
+    chunks, valid = chunk_steps(dataset.starts, steps, model.config["chunk"])
+    normalised = torch.from_numpy(action_chunks(dataset.normalised_action, chunks))
+    valid_steps = torch.from_numpy(valid)
     normalised = F.pad(normalised, (0, max(model.action_sizes) - dataset.action_size))
     codes, decoded = [], []  # [B, H] and [B, H, A] each
     for batch, batch_valid in zip(normalised.split(BATCH), valid_steps.split(BATCH), strict=True):

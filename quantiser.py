@@ -159,10 +159,10 @@ class EMAQuantiser(VectorQuantiser):
     A code that starts or restarts has count 1 and the matching sum.
     """
 
-    def __init__(self, num_codes, dim, patience=50, seed=0, decay=0.99):
-        """decay: share of the running sums that one update keeps; the rest as for `Quantiser`."""
+    decay = 0.99  # share of the running sums that one update keeps
+
+    def __init__(self, num_codes, dim, patience=50, seed=0):
         super().__init__(num_codes, dim, patience, seed)
-        self.decay = decay
         self.register_buffer("codebook", torch.zeros(num_codes, dim))
         self.register_buffer("sums", torch.zeros(num_codes, dim))  # running sum of the vectors of each code
         self.register_buffer("counts", torch.zeros(num_codes))  # running number of the vectors of each code
@@ -212,7 +212,7 @@ QUANTISERS = {"ema": EMAQuantiser, "loss": GradientQuantiser}  # the choices of 
 # What quantisers and latent models share
 
 
-def kmeans(x, count, seed=0, rounds=20):
+def kmeans(x, count, seed=0):
     """Return `count` means [count, d] of x [n, d]: k-means++ chooses the first ones, then Lloyd's rounds move them."""
     rng = np.random.default_rng(seed)
     means = x.new_empty(count, x.shape[1])
@@ -222,7 +222,7 @@ def kmeans(x, count, seed=0, rounds=20):
         means[number] = x[rng.choice(len(x), p=chance / chance.sum())]
         distance = (x - means[number]).square().sum(1)
         nearest = torch.minimum(nearest, distance) if number else distance
-    for _ in range(rounds):
+    for _ in range(20):
         codes = torch.cdist(x, means).argmin(1)
         counts = torch.bincount(codes, minlength=count)[:, None]
         sums = torch.zeros_like(means).index_add_(0, codes, x)

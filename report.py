@@ -177,10 +177,10 @@ def t_tail(t, freedom):
     return float(1 - np.interp(np.arctan(t / np.sqrt(freedom)), *t_distribution(freedom)))
 
 
-def t_quantile(freedom, tail=0.025):
-    """Return the t that Student's t exceeds with probability `tail`."""
+def t_quantile(freedom):
+    """Return the t that Student's t exceeds with probability 2.5 %."""
     angles, below = t_distribution(freedom)
-    return float(np.sqrt(freedom) * np.tan(np.interp(1 - tail, below, angles)))
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.975, below, angles)))
 
 
 def rate_interval(outcomes, scatter=None):
@@ -254,11 +254,11 @@ def group_cells(cells):
         entry["seeds"] = [cell.seed for cell in own]
         entry["missing"] = [cell.seed for cell in own if not cell.trials]
         entry["errors"] = sum(success is None for cell in own for success in cell.trials.values())
-        entry["controls"] = {name: tally(trials) for cell in own for name, trials in cell.controls.items()}
+        entry["controls"] = {name: count_successes(trials) for cell in own for name, trials in cell.controls.items()}
     return found
 
 
-def tally(trials):
+def count_successes(trials):
     """Return [successes, episodes] of `outcomes`, without errors of the simulator."""
     known = [success for success in trials.values() if success is not None]
     return [sum(known), len(known)]
@@ -369,8 +369,9 @@ def format_table(results, parts, compare):
 def format_row(result, parts):
     """Return the cells of a group in the table of results."""
     cells = [str(result["group"].get(part, "")) for part in parts]
-    some = 0 < len(result["missing"]) < len(result["seeds"])
-    missing = f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing" if some else ""
+    missing = ""
+    if 0 < len(result["missing"]) < len(result["seeds"]):
+        missing = f" INCOMPLETE: seeds {', '.join(map(str, result['missing']))} are missing"
     if result["errors"]:
         missing += f" INCOMPLETE: {result['errors']} trials ended in an error"
     if "success" not in result:
@@ -384,9 +385,11 @@ def format_row(result, parts):
             continue
         low, high = (100 * end for end in difference["ci95"])
         shared = difference["seeds"]
-        some = f" INCOMPLETE: of seeds {', '.join(map(str, shared))}" if len(shared) < len(result["seeds"]) else ""
-        cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f}){some}")
-        if difference["p"] is None and some:
+        incomplete = (
+            f" INCOMPLETE: of seeds {', '.join(map(str, shared))}" if len(shared) < len(result["seeds"]) else ""
+        )
+        cells.append(f"{100 * difference['points']:+.1f} ({low:+.1f} to {high:+.1f}){incomplete}")
+        if difference["p"] is None and incomplete:
             cells.append("")
         elif difference["p"] is None:
             cells.append("one seed" if len(shared) == 1 else "too few common starts")
@@ -528,6 +531,8 @@ def provenance(cells):
     lines += [f"Evaluated at {', '.join(played_at)}, as far as cells say."] if played_at else []
     lines += [f"Labels and codes of models {', '.join(labels)}."] if labels else []
     lines += [f"Played with {versions}: {number} cells." for versions, number in played.items()]
+    if len(played) > 1:
+        lines += ["**Cells were played with different versions of the simulator or of torch.**"]
     if not cells:
         return lines
     shown = next((cell for cell in cells if cell.labels), cells[0])  # others may name labels that they do not read

@@ -21,14 +21,17 @@ from files import check_writable, git_commit, make_folder, shell_command, write_
 # Statistics
 
 
-def wilson(successes, episodes, z=1.959964):
+Z = 1.959964  # of a 95 % interval of the normal distribution
+
+
+def wilson(successes, episodes):
     """Return the 95 % Wilson score interval of a success rate, (low, high); (0, 1) without episodes."""
     if not episodes:
         return 0.0, 1.0
     rate = successes / episodes
-    spread = z * z / episodes
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / episodes + spread / (4 * episodes))
+    shrinkage = Z * Z / episodes
+    centre = (rate + shrinkage / 2) / (1 + shrinkage)
+    half = Z / (1 + shrinkage) * math.sqrt(rate * (1 - rate) / episodes + shrinkage / (4 * episodes))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -46,7 +49,7 @@ def mcnemar(first, second):
     return min(1.0, 2 * tail)
 
 
-def paired_difference(first, second, z=1.959964):
+def paired_difference(first, second):
     """Return (difference, low, high): success rate of the second minus the first's, and its 95 % interval.
 
     Agresti and Min (2005): Wald's interval for paired proportions after adding half a pair to each of the four cells.
@@ -56,7 +59,7 @@ def paired_difference(first, second, z=1.959964):
     won = only_second + 0.5
     pairs = len(first) + 2
     centre = (won - lost) / pairs
-    half = z * math.sqrt(won + lost - (won - lost) ** 2 / pairs) / pairs
+    half = Z * math.sqrt(won + lost - (won - lost) ** 2 / pairs) / pairs
     return (only_second - only_first) / len(first), max(-1.0, centre - half), min(1.0, centre + half)
 
 
@@ -92,6 +95,8 @@ class Results:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another evaluation is writing {path}; wait for it, or choose another --out") from None
+        except OSError as error:  # the file system knows no locks
+            print(f"WARNING: {path} cannot be locked ({error}): let no two evaluations write it at a time")
         if os.fstat(self.file.fileno()).st_ino != path.stat().st_ino:
             raise RuntimeError(f"another evaluation has just finished {path}; start again")
         versions = versions | {"torch": torch.__version__}
@@ -103,8 +108,8 @@ class Results:
         self.file.truncate(len(text[: text.rfind("\n") + 1].encode()))  # an unfinished last line goes
 
     def add(self, record):
-        """Append a trial's record."""
-        self.trials.append(record | self.shared)
+        """Append a trial's record, in the place of one that ended in an error."""
+        self.trials = [trial for trial in self.trials if trial_key(trial) != trial_key(record)] + [record | self.shared]
         self.file.write(json.dumps(self.trials[-1]) + "\n")
 
     def close(self):
@@ -117,8 +122,8 @@ class Results:
 def check_same_settings(path, trial, shared):
     """Raise ValueError when a trial was played with settings or versions that differ from the shared ones."""
     stored, current = ({**record["settings"], **record["versions"]} for record in (trial, shared))
-    if stored != current:
-        names = [name for name in stored | current if stored.get(name) != current.get(name)]
+    names = [name for name in stored | current if stored.get(name) != current.get(name)]
+    if names := [name for name in names if name != "text_length"]:  # of a call's prompts; it changes rounding
         differences = "; ".join(f"{name} was {stored.get(name)}, is {current.get(name)}" for name in names)
         raise ValueError(f"{path} has other results ({differences}): choose another --out, or delete it")
 
@@ -131,20 +136,25 @@ def trial_key(trial):
 def read_trials(path):
     """Return the trials of a result file, or of several that were concatenated; an unfinished last line is left out.
 
-    Raise ValueError when a line is not a trial, or when the file holds a trial twice.
+    A trial that ended in an error and was played again counts once. Raise ValueError when a line is not a trial, or
+    when the file holds the outcome of a trial twice.
     """
-    trials = []
+    trials, twice = {}, []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
-            trials.append(json.loads(line))
-            trial_key(trials[-1])
+            trial = json.loads(line)
+            key, failed = trial_key(trial), trial["success"] is None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is not a result: {line[:80]!r}") from error
-    if twice := [key for key, count in Counter(map(trial_key, trials)).items() if count > 1]:
+        if key in trials and not failed and trials[key]["success"] is not None:
+            twice.append(key)
+        if not failed or key not in trials:
+            trials[key] = trial
+    if twice:
         raise ValueError(f"{path} holds {len(twice)} trials twice, the first is {twice[0]}; delete one of them")
-    return trials
+    return list(trials.values())
 
 
 def trial_record(episode, result):
@@ -295,11 +305,14 @@ def compare(paths):
     letters = [chr(ord("A") + number) for number in range(len(names))]
     for letter, name in zip(letters, names):
         print(f"{letter}  {name}")
-    several_suites = len(group_by(results[0], "suite")) > 1
+    several_suites = len(group_by(results[0], "suite", "widen")) > 1
     groups = []  # (text, the trials of each result)
-    for suite, task, text in group_by(results[0], "suite", "task", "instruction"):
-        parts = [[t for t in trials if (t["suite"], t["task"]) == (suite, task)] for trials in results]
-        groups.append((f"{suite}: {text}" if several_suites else text, parts))
+    for suite, widen, task, text in group_by(results[0], "suite", "widen", "task", "instruction"):
+        parts = [
+            [t for t in trials if (t["suite"], t["widen"], t["task"]) == (suite, widen, task)] for trials in results
+        ]
+        place = f"{suite}, starts widened by {widen:g} m: " if widen else f"{suite}: "
+        groups.append((f"{place if several_suites else ''}{text}", parts))
     groups.append(("all", results))
     for text, parts in groups:
         print(f"\n{text}")
@@ -326,12 +339,10 @@ def draw_chart(names, groups, path):
 
     groups: [(text, [trials of each result])].
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(max(6, 1 + 1.6 * len(groups)), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(6, 1 + 1.6 * len(groups)), 4.5), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         tallies = [tally(parts[number]) for _, parts in groups]
@@ -343,4 +354,3 @@ def draw_chart(names, groups, path):
     axes.set(ylabel="success, % (95 % Wilson interval)", ylim=(0, 105))
     figure.legend(loc="outside upper left", fontsize=8, ncols=2)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -458,7 +458,7 @@ def _read_step_feature(episode, name, feature, value, payload, place):
 def _count_steps(example, features):
     """Return the number of steps of an episode, from a feature that has one entry per step, else from its numbers."""
     numbers = None
-    for name, feature in features.items():
+    for name in features:
         if not _of_steps(name):
             continue
         if isinstance(example[name], list):

@@ -13,6 +13,7 @@ A simulator is one file in this folder, named in SIMULATORS of eval.py. Nothing 
     suites()                 {suite: [numbers of the tasks that can be played]}
     tasks(suite)             [names of all tasks of the suite]
     instructions(suite)      [instructions of all tasks of the suite]
+    count_starts(suite, task)        starts among which seeds choose where widen is 0; 0: each seed has its own
     step_limit(suite)        number of steps after which a trial has failed
     versions()               {name: version} of all that decides an outcome; results of different versions do not mix
     Sim(suite, task, any_version)    one opened task; any_version: allow versions that are not the benchmark's
@@ -120,7 +121,7 @@ def make_observation(sim, episode):
     frames = {} if episode.blind else sim.observe()
     seen = list(episode.cameras)
     if episode.swap_cameras:
-        seen[:2] = seen[1::-1]
+        seen[0], seen[1] = seen[1], seen[0]
     images = {}
     for (name, size), other in zip(episode.cameras.items(), seen):
         if episode.blind or name == episode.black_camera:
@@ -149,11 +150,10 @@ def go_to_start(sim, episode, render):
         raise CannotStart(str(error)) from error
 
 
-def play(sim, episode, act, render_every_step=False):
+def play(sim, episode, act):
     """Play one episode with a policy; return (success, executed actions).
 
-    act(observation) -> f32 [H, A], see `make_observation`. render_every_step: draw the cameras at every step, not only
-    where the policy gets an observation.
+    act(observation) -> f32 [H, A], see `make_observation`. The cameras are drawn only where the policy gets them.
     """
     render = not episode.blind
     go_to_start(sim, episode, render)
@@ -164,7 +164,7 @@ def play(sim, episode, act, render_every_step=False):
         if execution.due:
             execution.add(act(make_observation(sim, episode)))
         action = execution.next()
-        success = sim.step(action, render=render_every_step or (render and execution.due))
+        success = sim.step(action, render=render and execution.due)
         executed.append(action)
     return success, executed
 

@@ -1,7 +1,7 @@
 """Serve a trained run over a websocket, to robots and to other projects' benchmarks.
 
     python serve.py runs/NAME                           # openpi's protocol: what openpi-client and most robots speak
-    python serve.py runs/NAME --protocol vla-eval       # for `vla-eval run`: LIBERO, SimplerEnv, CALVIN, RoboTwin, ...
+    python serve.py runs/NAME --protocol vla-eval       # for `vla-eval run`: played with LIBERO
 
 Requests that come together are answered as one batch of one size, compiled before the first connection is accepted.
 GET /health answers when the server is ready. A message that is malformed, too large or of the wrong shape gets an error
@@ -50,7 +50,7 @@ class Config:
     port: int = 8000
     """port to listen at, 0 for any free one"""
     gripper: Literal["", *GRIPPERS] = ""
-    """convention of the gripper in the answers (default: data's for openpi, robosuite's for vla-eval)"""
+    """convention of the gripper in the answers (default: data's for openpi, robosuite's for vla-eval with LIBERO)"""
     execute: int = 0
     """vla-eval: actions of each chunk that are executed before the policy is asked again (default: all)"""
     average_chunks: bool = False
@@ -88,21 +88,40 @@ def check_config(config):
         raise ValueError("execute and average_chunks have no effect with openpi, whose clients get whole chunks")
 
 
+def choose_gripper(config, spec):
+    """Return the convention of the gripper in the answers. Raise ValueError where a benchmark's is not known.
+
+    spec: `DataSpec` of the policy's data.
+    """
+    if config.gripper or config.protocol == "openpi" or not spec.grippers:
+        return config.gripper or "data"
+    if spec.embodiment == "libero":
+        return "robosuite"
+    stored = "; ".join(f"open {gripper.open:g}, closed {gripper.closed:g}" for gripper in spec.grippers)
+    raise ValueError(
+        f"benchmarks of vla-eval differ in what opens a gripper, and which will call a policy of {spec.embodiment} is "
+        f"not known: give --gripper data ({stored}; right for CALVIN's and RoboTwin's own data) or --gripper robosuite "
+        "(open -1, closed 1)"
+    )
+
+
 class Batcher:
     """Answers observations that come together as one batch, always on the one thread that loaded the policy."""
 
     def __init__(self, config):
         """Load the policy and compile it. Raise as `Policy`."""
         self.config = config
-        self.gripper = config.gripper or {"openpi": "data", "vla-eval": "robosuite"}[config.protocol]
         self.answered = 0
         self.queue = asyncio.Queue()
         self.thread = ThreadPoolExecutor(1, "policy")  # CUDA graphs belong to a thread
         self.policy = self.thread.submit(self._load).result()
+        self.gripper = choose_gripper(config, self.policy.spec)
 
     def _load(self):
         config = self.config
-        policy = Policy(config.run, config.data, config.device, config.batch, config.backbone)
+        policy = Policy(
+            config.run, data=config.data, device=config.device, batch=config.batch, backbone=config.backbone
+        )
         policy.reserve_text(config.text_length or 64)
         policy.warm_up()
         return policy
@@ -286,6 +305,8 @@ class VlaEval:
             return self._pack(kinds.ACTION, {"actions": await self._next_action(message.payload)}, message.seq)
 
     async def _next_action(self, payload):
+        if payload.get("episode_restart"):  # CALVIN: the next instruction of a sequence
+            self.execution.reset()
         if self.execution.due:
             images = payload.get("images")
             if not isinstance(images, dict):
@@ -313,7 +334,7 @@ class VlaEval:
 
         policy = self.batcher.policy
         shown = {"language": specs.LANGUAGE} | {name: specs.IMAGE_RGB for name in self.names}
-        params = {"send_wrist_image": "wrist" in self.names}
+        params = {"send_wrist_image": len(self.names) > 1}
         if policy.state:
             params |= {"send_state": True, "quat_no_antipodal": True}
         said = {"model_server": "latent-actions", "capabilities": {}, "observation_params": params}

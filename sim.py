@@ -107,6 +107,20 @@ def instructions(suite):
     return [" ".join(re.search(r"\(:language([^)]*)\)", text)[1].split()).lower() for text in texts]
 
 
+def official_starts(record):
+    """Return the official starts of a task, states [starts, n], given its record."""
+    from libero.libero import get_libero_path
+    from libero.libero.benchmark import load_initial_states
+
+    folder = Path(get_libero_path("init_states"))
+    return load_initial_states(str(folder / record.problem_folder / record.init_states_file))
+
+
+def count_starts(suite, task):
+    """Return how many official starts a task has; seed i gets start i modulo this number."""
+    return len(official_starts(task_records(suite)[task]))
+
+
 def step_limit(suite):
     """Return the steps of an episode: those of the suite that this one is a variant of, else those of libero_90."""
     bases = [base for base in MAX_STEPS if f"{suite}_".startswith(f"{base}_")]
@@ -300,16 +314,11 @@ class Sim:
         records = task_records(suite)
         if not 0 <= task < len(records):
             raise ValueError(f"task={task} is not in {suite}, which has tasks 0 to {len(records) - 1}")
-        from libero.libero import get_libero_path
-        from libero.libero.benchmark import load_initial_states
-
         record = records[task]
         self.suite = suite
         self.task = task
         self.instruction = instructions(suite)[task]
-        self.starts = load_initial_states(  # [trials, state]
-            os.path.join(get_libero_path("init_states"), record.problem_folder, record.init_states_file)
-        )
+        self.starts = official_starts(record)
         self.env = open_environment(str(bddl_path(record)))
         self.world = self.env.env  # robosuite's environment inside LIBERO's wrapper
         atexit.register(self.close)  # before robosuite shuts EGL down, or it complains

@@ -30,11 +30,12 @@ import tyro
 
 from data import open_index
 from files import locked, make_folder, read_json, saved_step, write_json
-from presets import CONTROLS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
+from presets import CONTROL_FLAGS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
 
 ROOT = Path(__file__).resolve().parent
+TRAIN = str(ROOT / "train.py")  # relative paths among the options are those of the caller's folder, so no change of it
 TRIES = 2  # of a cell that crashes, in one call
 CONTROL_TRIALS = 10  # starts of each task and control
 DATA = Path("data/libero_tiny")
@@ -45,7 +46,7 @@ INTERRUPTED = "interrupted"  # what becomes of a cell after Ctrl-C or SIGTERM
 class Config:
     """Settings of `python study.py`."""
 
-    preset: tyro.conf.Positional[Literal["variants", "fewshot", "ablations", "joint", "long", "smoke"]]
+    preset: tyro.conf.Positional[Literal[*PRESETS]]
     """the question: see `PRESETS`"""
     out: Path
     """folder of the cells and of the report"""
@@ -90,7 +91,7 @@ class Cell:
     stages: list = field(default_factory=list)
     """options of train.py for each stage; a later one starts from the weights of the one before"""
     controls: tuple = ()
-    """names of the `CONTROLS` that are played too"""
+    """names of the `CONTROL_FLAGS` that are played too"""
 
     @property
     def name(self):
@@ -181,7 +182,7 @@ def training_commands(config, cell):
         before = ["--init-from", str(runs[0])] if number else []
         data = ["--data", *map(str, config.data), *shlex.split(config.train)]
         launch = shlex.split(config.launch) or [sys.executable]
-        made.append([*launch, "train.py", *stage, *data, "--out", str(run), "--resume", *before])
+        made.append([*launch, TRAIN, *stage, *data, "--out", str(run), "--resume", *before])
     return made
 
 
@@ -189,8 +190,8 @@ def playing_command(config, cell, control=""):
     """Return the command of eval.py of a cell, also with a control, as a list of words."""
     trials = CONTROL_TRIALS if control else trials_of(config)
     run = str(cell_folder(config, cell) / "run")
-    words = [sys.executable, "eval.py", run, *playing_options(config), "--trials", str(trials)]
-    return [*words, "--out", str(result_file(config, cell, control)), *CONTROLS.get(control, ())]
+    words = [sys.executable, str(ROOT / "eval.py"), run, *playing_options(config), "--trials", str(trials)]
+    return [*words, "--out", str(result_file(config, cell, control)), *CONTROL_FLAGS.get(control, ())]
 
 
 def commands(config, cell):
@@ -329,7 +330,7 @@ class Runner:
         """Run one command, which keeps the lock also when this process dies; return its exit status."""
         print(shlex.join(words), file=output, flush=True)
         options = {"stdout": output, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
-        child = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **options)  # Ctrl-C comes by `stop` alone
+        child = subprocess.Popen(words, start_new_session=True, **options)  # Ctrl-C comes by `stop` alone
         self.children.append(child)
         if self.stopping.is_set():
             child.terminate()
@@ -351,8 +352,8 @@ class Runner:
                     status = self.run_command(words, output, lock)
                     if self.stopping.is_set():
                         return INTERRUPTED
-                    if status or ("train.py" in words and not trained_whole(words)):
-                        name = "train.py" if "train.py" in words else "eval.py"
+                    if status or (TRAIN in words and not trained_whole(words)):
+                        name = "train.py" if TRAIN in words else "eval.py"
                         return f"{name} ended with status {status}, unfinished; see {folder / 'output.txt'}"
                 content = describe_cell(config, cell)
                 write_json(cell_file(config, cell), content)
@@ -464,7 +465,7 @@ def print_plan(config, cells, reused):
         print(f"{cell.name}:{' (there)' if there else ''}")
         for words in commands(config, cell):
             print(f"    {shlex.join(words)}")
-            if "train.py" in words and not there:
+            if TRAIN in words and not there:
                 updates[shlex.join(words)] = int(words[words.index("--max-steps") + 1])
             elif not there:
                 trials += int(words[words.index("--trials") + 1])
@@ -501,7 +502,7 @@ def check_config(config):
     own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
     for cell in make_cells(replace(config, train="", shard="", cells=())):
         own |= {word for stage in cell.stages for word in stage if word.startswith("--")}
-    playing = {"--trials", "--out", "--shard", *(flags[0] for flags in CONTROLS.values())}
+    playing = {"--trials", "--out", "--shard", *(flags[0] for flags in CONTROL_FLAGS.values())}
     for name, taken in (("train", own), ("evaluate", playing)):
         words = {word.partition("=")[0].replace("_", "-") for word in shlex.split(getattr(config, name))}
         if both := words & taken:

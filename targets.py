@@ -159,9 +159,9 @@ def load_targets(variant, config, datasets, chunk):
     if variant.target == "":
         return None, None
     if variant.target == "action":
-        return None, _load_tokenizer(config, datasets, chunk)
+        return None, tokenizer_of_run(config, datasets, chunk)
     reads_vectors = variant.loss != "codes" or config.continuous
-    labels = [_load_labels(config, number, dataset, reads_vectors) for number, dataset in enumerate(datasets)]
+    labels = [labels_of_run(config, number, dataset, reads_vectors) for number, dataset in enumerate(datasets)]
     sources = {(each.delta, each.fingerprint, each.num_codes, *each.vectors.shape[1:]) for each in labels}
     if len(sources) > 1:
         raise ValueError(
@@ -171,7 +171,7 @@ def load_targets(variant, config, datasets, chunk):
     return labels, None
 
 
-def _load_labels(config, number, dataset, reads_vectors):
+def labels_of_run(config, number, dataset, reads_vectors):
     """Return the `Labels` of data set `number`. A label file that the config names must exist."""
     data = config.data[number]
     path = config.labels[number] if config.labels else label_path(dataset, data)
@@ -199,7 +199,7 @@ def _places(config, number=None):
     return {"data": config.data[chosen], "spec": config.spec[chosen], "cache": changed_cache(config)}
 
 
-def _load_tokenizer(config, datasets, chunk):
+def tokenizer_of_run(config, datasets, chunk):
     """Return the action tokenizer, with its `fingerprint`.
 
     Raise ValueError unless it has the sizes and the action statistics of the run.

@@ -32,7 +32,6 @@ from common import (
     all_mean,
     all_sum,
     catch_signals,
-    check_bf16_support,
     choose_workers,
     distribute,
     init_distributed,
@@ -48,6 +47,7 @@ from files import save_tensors, saved_step
 from index import CACHE
 from model import ACTION_LOSSES, VARIANTS
 from prepare import check_config, prepare
+from pretrained import check_bf16_support
 from targets import add_action_codes
 from watch import Watch
 
@@ -322,7 +322,7 @@ def nonfinite_samples(config, setup, step):
 @report_worker_failures
 def main(config):
     """Train one run and return its folder."""
-    ranks = init_distributed(config.timeout)
+    ranks = init_distributed(config.timeout, config.global_batch_size)
     cuda = ranks.device.type == "cuda"
     if cuda:
         check_bf16_support(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
@@ -371,8 +371,8 @@ def main(config):
             last_part = part == accumulation - 1
             with nullcontext() if ranks.world == 1 or last_part else ddp.no_sync():
                 losses = ddp(batch)
-                spread = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
-                (losses["loss"] * spread / accumulation).backward()
+                factor = 1 + 0 * losses["loss"].detach()  # NaN when the loss is not finite: so is every gradient then
+                (losses["loss"] * factor / accumulation).backward()
             add_losses(totals, losses, batch.get("source"), dataset, accumulation)
 
         means = totals["means"]

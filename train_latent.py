@@ -255,12 +255,10 @@ def init_from_model(model, source):
 def check_architecture(sizes, settings, source):
     """Raise ValueError listing where a model of `sizes` cannot start from one with `settings` ({name: value})."""
     wanted = asdict(sizes)
-    compared = ["heads", "predict_change", "centre", "camera", "image_size", "patch_size"]
+    compared = ["heads", "predict_change", "centre", "camera", "image_size", "patch_size", "delta"]
     if not (sizes.camera and settings.get("camera")):
         compared.remove("camera")  # the data's main one: check_init_data compares it
-    if (settings["stage"], sizes.stage) == (1, 2):
-        compared.append("delta")
-    else:
+    if (settings["stage"], sizes.stage) != (1, 2):
         compared.append("stage")
     differences = [
         f"{name} is {wanted[name]}, but there {settings[name]}"
@@ -372,6 +370,7 @@ def check_lam(config):
         raise ValueError(f"width is {config.width}; it must be a multiple of 2 x heads, {2 * config.heads}")
     stage = f"--stage {config.stage}"
     ignored = [("text", config.stage != 1, stage), ("action_fraction", config.stage == 1, stage)]
+    ignored.append(("chunk", config.stage == 1 or not config.action_fraction, f"{stage} and without actions"))
     refuse_ignored(config, [*ignored, ("patch_size", config.features != "pixels", f"--features {config.features}")])
     if config.stage == 2 and not config.init_from:
         raise ValueError(
@@ -691,7 +690,7 @@ def main():
     """Run one of the two commands."""
     commands = {"lam": LamTraining, "tokenizer": TokenizerTraining}
     config = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    ranks = init_distributed(config.timeout)
+    ranks = init_distributed(config.timeout, config.global_batch_size)
     train(config, ranks)
     shutdown_distributed()
 

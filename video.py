@@ -49,10 +49,6 @@ class VideoIndex(Index):
         file, time, key = self.frames[path][step]
         return read_frame(self.files[file], time, key)
 
-    def storage_options(self, path):
-        """Return {"format": "PNG"}: how a video was compressed cannot be done to a single image."""
-        return {"format": "PNG"}
-
 
 def open_index(path, cache=CACHE, on_fault=None):
     """Return the `VideoIndex` of a folder, read from `cache` if no file has changed since it was indexed.

@@ -44,6 +44,9 @@ def check_evaluation(config):
             f"eval_every is {config.eval_every}; it must be a multiple of save_every, {config.save_every}, for what is "
             "evaluated is what was saved"
         )
+    given = {word.partition("=")[0] for word in shlex.split(config.eval_flags)}
+    if taken := given & {"--trials", "--out", "--shard"}:
+        raise ValueError(f"eval_flags has {', '.join(sorted(taken))}, which train.py sets itself: see --eval-trials")
     if config.eval_every:
         evaluation.check(tyro.cli(evaluation.Config, args=command_line(config, "RUN", "eval.jsonl")))
 

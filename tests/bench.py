@@ -103,11 +103,12 @@ def play_in_turn(episodes, policy):
     policy = TimedPolicy(policy)
     sim = Sim(episodes[0].suite, episodes[0].task)
     del sim.world._initialize_sim, sim.world._destroy_sim  # back to robosuite's own, which compile and upload each time
+    step_as_used = sim.step
+    sim.step = lambda action, render=False: step_as_used(action, render=True)  # as robosuite's, which draws every step
     spent = {"open": time.perf_counter() - started}
     outcomes = {}
     for episode in episodes:
-        act = functools.partial(policy, gripper="robosuite")
-        outcomes[episode.seed], _ = play(sim, episode, act, render_every_step=True)
+        outcomes[episode.seed], _ = play(sim, episode, functools.partial(policy, gripper="robosuite"))
     sim.close()
     return outcomes, time.perf_counter() - started, spent | sim.spent | {"policy": policy.seconds}
 

@@ -17,7 +17,7 @@ import backbone
 import lora
 import tiny
 from model import VARIANTS, VLA
-from pretrained import load_qwen
+from pretrained import check_bf16_support, load_qwen
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompt
@@ -395,6 +395,14 @@ def test_base_is_bf16_only_where_it_is_frozen_and_goes_to_a_gpu(checkpoint):
     ):
         qwen, _ = load_qwen(replace(config, tuning=tuning), device)
         assert {p.dtype for p in qwen.parameters()} == {dtype}
+
+
+def test_gpu_without_bf16_is_refused():
+    """By its compute capability: Turing is refused, Ampere and newer pass."""
+    with pytest.raises(ValueError, match="the GPU Tesla T4 has compute capability 7.5, and bf16 needs 8.0"):
+        check_bf16_support("Tesla T4", (7, 5))
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        check_bf16_support("newer", capability)
 
 
 def test_model_on_a_base_that_the_caller_made():

@@ -8,7 +8,16 @@ import torch
 from data_helpers import change_spec, equal_batches, make_chunks
 from torch.utils.data import DataLoader
 
-from batches import ActionChunks, Source, StepBatchSampler, colour_jitter, permute, prepare_images, round_keys
+from batches import (
+    AUGMENTATIONS,
+    ActionChunks,
+    Source,
+    StepBatchSampler,
+    colour_jitter,
+    permute,
+    prepare_images,
+    round_keys,
+)
 from data import open_dataset
 from index import episode_steps, split_episodes
 
@@ -241,7 +250,7 @@ def test_augmentation_on_average():
     assert (level - level.mean((1, 2, 3), keepdim=True)).abs().max() < 1e-3
     assert level.abs().max() < 0.2 + 1e-4 and level.max() > 0.195 and level.min() < -0.195 and level.mean().abs() < 0.01
     u[..., 2:] = 0.5  # colours as they are
-    pixels = (prepare_images([ramp().expand(4000, -1, -1, -1)], 20, u)[:, 0] + 1) / 2 * 255
+    pixels = (prepare_images([ramp().expand(4000, -1, -1, -1)], 40, u)[:, 0] + 1) / 2 * 255
     for channel in (0, 1):
         place = pixels[:, channel].mean((1, 2)) / 5 - 19.5  # of the crop's centre, in input pixels from the image's
         room = 20 * (1 - 0.9**0.5)
@@ -249,12 +258,21 @@ def test_augmentation_on_average():
 
 
 def test_centre_crop_by_hand():
-    """sqrt(0.9) of each edge about the centre: output pixel j shows the ramp at side (j + 1/2 - 10) 2 + 20 - 1/2."""
-    pixels = (prepare_images([ramp()], 20)[0, 0] + 1) / 2 * 255  # [3, 20, 20]
-    place = 0.9**0.5 * (torch.arange(20) + 0.5 - 10) * 2 + 20 - 0.5  # in input pixels
-    assert torch.allclose(pixels[0], (5 * place).expand(20, 20), atol=1e-3)
-    assert torch.allclose(pixels[1], (5 * place)[:, None].expand(20, 20), atol=1e-3)
+    """sqrt(0.9) of each edge about the centre: pixel j of 80 shows the ramp at side (j + 1/2 - 40) / 2 + 20 - 1/2."""
+    pixels = (prepare_images([ramp()], 80)[0, 0] + 1) / 2 * 255  # [3, 80, 80]
+    place = 0.9**0.5 * (torch.arange(80) + 0.5 - 40) / 2 + 20 - 0.5  # in input pixels
+    assert torch.allclose(pixels[0], (5 * place).expand(80, 80), atol=1e-3)
+    assert torch.allclose(pixels[1], (5 * place)[:, None].expand(80, 80), atol=1e-3)
     assert torch.allclose(pixels[2], torch.tensor(77.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_larger_images_are_made_smaller_with_a_filter(augmentation):
+    """Stripes of one pixel in four become an even grey, not stripes of another width."""
+    stripes = torch.zeros(1, 256, 256, 3, dtype=torch.uint8)
+    stripes[:, ::4] = 200
+    pixels = (prepare_images([stripes], 64, augmentation=augmentation) + 1) / 2 * 255
+    assert (pixels[..., 2:-2, :] - 50).abs().max() < 8
 
 
 def test_middle_draws_are_the_evaluation_view():
@@ -284,8 +302,8 @@ def test_random_crop_moves_within_the_image():
     for draw, low in ((0.0, 0.0), (1.0, 40 * (1 - 0.9**0.5))):
         u = torch.full((1, 1, 6), 0.5)
         u[..., :2] = draw
-        pixels = (prepare_images([ramp()], 20, u)[0, 0] + 1) / 2 * 255
-        place = low + 0.9**0.5 * (torch.arange(20) + 0.5) * 2 - 0.5
+        pixels = (prepare_images([ramp()], 40, u)[0, 0] + 1) / 2 * 255
+        place = (low + 0.9**0.5 * (torch.arange(40) + 0.5) - 0.5).clamp(0, 39)  # the first and the last lie outside
         assert torch.allclose(pixels[0, 10], 5 * place, atol=0.01)
         assert torch.allclose(pixels[1, :, 10], 5 * place, atol=0.01)
     u = torch.tensor([[[1.0, 0.0, 0.5, 0.5, 0.5, 0.5]]])

@@ -154,7 +154,7 @@ def test_run_that_saw_no_action_is_no_policy(folder):
 
 def test_every_control_has_words():
     """Those of eval.py that change what is evaluated."""
-    assert set(card.CONTROLS) == {*evaluation.CONTROLS, *evaluation.EXECUTION}
+    assert set(card.CONTROL_TEXTS) == {*evaluation.CONTROLS, *evaluation.EXECUTION}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""common.py: which GPUs are refused, the moving average of weights, data workers, a log that can be continued."""
+"""common.py: the moving average of weights, data workers, a log that can be continued."""
 
 import json
 
@@ -7,14 +7,6 @@ import torch
 from torch import nn
 
 import common
-
-
-def test_gpu_without_bf16_is_refused():
-    """By its compute capability: Turing is refused, Ampere and newer pass."""
-    with pytest.raises(ValueError, match="the GPU Tesla T4 has compute capability 7.5, and bf16 needs 8.0"):
-        common.check_bf16_support("Tesla T4", (7, 5))
-    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
-        common.check_bf16_support("newer", capability)
 
 
 @pytest.mark.parametrize("end", ('{"step": 3}\n{"step": 4, "lo', '{"step": 2}', "\0\0\0\n", "5\n", "{}\n", ""))

@@ -67,7 +67,8 @@ def trained(tmp_path_factory):
     """Return the folder of the run that the README's first command makes."""
     folder = tmp_path_factory.mktemp("readme") / "run"
     command = printed("torchrun --standalone --nproc-per-node auto train.py")
-    text = run(command, "--max-steps", 2, "--out", folder, auto="2")  # on as many cores as the tests may have
+    text = run(command, "--max-steps", 2, "--out", folder, auto="3")  # as on three cores
+    assert "2 of 3 processes train: more of them cannot share a batch of 16 equally" in text
     assert f"next: python eval.py {folder}" in text
     return folder
 

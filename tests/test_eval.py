@@ -19,6 +19,7 @@ from eval_helpers import TASK, episode, open_results, record, write
 from warm import running
 
 import eval as evaluation
+import files
 import policy as policies
 import pool
 import results
@@ -54,6 +55,10 @@ def tasks(suite):
 
 def instructions(suite):
     return ["push the point to the left", "push the point to the right"]
+
+
+def count_starts(suite, task):
+    return 0
 
 
 def step_limit(suite):
@@ -187,6 +192,18 @@ def test_seeds_of_demonstrations_are_refused():
         with pytest.raises(ValueError, match="overlap those of the demonstrations, 10000 to 10007"):
             plan(ENTRY, seed=seed, trials=20)
     assert plan(ENTRY, seed=9_980, trials=20) and plan(ENTRY, seed=10_008, trials=20)
+
+
+def test_starts_that_are_not_new_are_named(capsys):
+    """Official starts that are played twice, or that demonstrations began from; not where objects are placed anew."""
+    plan(ENTRY, trials=60)
+    unwidened = ENTRY | {"widen": 0.0, "official_seeds": [0, 3, 51]}
+    plan(unwidened, trials=4, seed=50, task_ids=(8,))
+    plan(unwidened, trials=4, seed=4)
+    text = capsys.readouterr().out
+    assert text.count("WARNING") == 1 and "task 8: from 3 of the 4 starts the run's demonstrations began too" in text
+    plan(unwidened, suite=("libero_goal_with_milk",), trials=12, task_ids=(1,))
+    assert "has 10 official starts, so only 10 of the 12 trials differ" in capsys.readouterr().out
 
 
 def test_controls_on_the_instruction():
@@ -595,7 +612,8 @@ def test_shards_are_joined_by_concatenation(tmp_path):
 
 
 def test_videos_can_be_made_afterwards(toy, cameras, tmp_path, capsys):
-    """Of what was played and failed, without a second record; a summary is of what was asked for."""
+    """Of what was played and failed, without a second record. What is printed is of what was asked for, the summary
+    of all that was ever played: it is what the run's card shows."""
     short = [toy_episode(seed=s, trial=s, widen=0.06, cameras=cameras, max_steps=10) for s in range(3)]
     file = open_results(tmp_path / "eval.jsonl")
     for seed in range(3):
@@ -608,7 +626,51 @@ def test_videos_can_be_made_afterwards(toy, cameras, tmp_path, capsys):
     evaluation.report(asked, file, {})
     text = capsys.readouterr().out
     assert "2 of 2 episodes are in" in text and "of which 1 are to be recorded" in text
-    assert "1/2    50.0 %" in text and "(1 others are in it)" in text
+    assert "1/2    50.0 %" in text and "(1 others are in it, and count in the result)" in text
+    (suite,) = json.loads((tmp_path / "eval.json").read_text())["suites"]
+    assert (suite["successes"], suite["episodes"]) == (1, 3)
+
+
+def test_trial_that_ended_in_an_error_is_played_again(toy, cameras, tmp_path):
+    """By the next call, and counts once; so does one whose error and outcome are both in the file of a killed call."""
+    path = tmp_path / "eval.jsonl"
+    episodes = [toy_episode(seed=s, trial=s, widen=0.06, cameras=cameras, max_steps=10) for s in range(2)]
+    file = open_results(path)
+    file.add(record(0, None, suite="line", task=0))
+    file.add(record(1, True, suite="line", task=0))
+    file.close()
+    failed = path.read_text()
+    file = open_results(path)
+    evaluation.run_all(evaluation.Config(), episodes, lambda observations: [np.zeros((8, 7), np.float32)], file)
+    assert [(trial["seed"], trial["success"]) for trial in file.trials] == [(0, False), (1, True)]
+    assert results.read_trials(path) == file.trials
+    path.write_text(failed + path.read_text().splitlines(keepends=True)[0])
+    assert results.read_trials(path) == file.trials
+
+
+def test_other_suites_go_into_the_same_file(tmp_path):
+    """Although their instructions are longer, which reserves more tokens."""
+    first = open_results(tmp_path / "eval.jsonl", {"model": "m", "text_length": 24})
+    first.add(record(0, True))
+    first.close()
+    file = open_results(tmp_path / "eval.jsonl", {"model": "m", "text_length": 32})
+    file.add(record(0, True, suite="libero_10"))
+    assert [trial["settings"]["text_length"] for trial in file.trials] == [24, 32]
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    """An evaluation goes on with a warning, as does what locks a file; where another has the lock, neither does."""
+
+    def unknown(file, kind):
+        raise OSError(38, "Function not implemented")
+
+    with files.locked(tmp_path / "lock"), files.locked(tmp_path / "lock") as second:
+        assert second is None
+    monkeypatch.setattr(results.fcntl, "flock", unknown)
+    open_results(tmp_path / "eval.jsonl").add(record(0, True))
+    with files.locked(tmp_path / "lock") as file:
+        assert file is not None
+    assert capsys.readouterr().out.count("cannot be locked ([Errno 38] Function not implemented)") == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -559,6 +559,7 @@ def test_models_of_another_architecture_are_refused(lam, tmp_path):
         (dict(heads=8), "heads is 8, but there 4"),
         (dict(centre=False, predict_change=False), "predict_change is False, but there True, centre is False"),
         (dict(stage=1), "stage is 1, but there 0"),
+        (dict(delta=7), "delta is 7, but there 3"),
         (dict(camera="front", image_size=48), "camera is front, but there image, image_size is 48, but there 24"),
         (dict(stage=2), "stage is 2, but there 0"),
         (dict(width=64), r"does not fit.*codes.project.weight is \(8, 32\), the model's is \(8, 64\)"),

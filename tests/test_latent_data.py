@@ -382,7 +382,7 @@ def test_action_head_of_two_embodiments_has_the_loss_of_each_alone(mixture):
     losses = model(batch)
     expected = 0.0
     for number, size, rows in ((0, 5, [0, 3]), (1, 2, [2, 5])):
-        head = latent.ActionHead(8, 4, [size])
+        head = latent.ChunkHead(8, 4, [size])
         head.hidden.load_state_dict(model.action_head.hidden.state_dict())
         head.outs[0].load_state_dict(model.action_head.outs[number].state_dict())
         model_alone = make_lam(chunk=4, action_sizes=[size])

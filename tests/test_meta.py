@@ -76,6 +76,15 @@ def test_step_on_a_pretrained_backbone(tuning, variant, checkpoint):
     check_step(vla.to(META), augmented(vla))
 
 
+def test_more_room_for_text_on_a_device():
+    """A server makes room for longer instructions when the policy is on its device already."""
+    vla = VLA(small_config("la_cond")).to(META)
+    vla.backbone.reserve_text(64)
+    assert all(buffer.device == META for buffer in vla.buffers())
+    batch = on_meta(batch_for(vla))
+    assert vla.predict(batch)[0].device == META
+
+
 def test_step_of_several_robots_by_quantiles():
     """Embodiments of different sizes and numbers of cameras in one batch."""
     sizes = (("a", 7, 8, 2), ("b", 5, 3, 1))

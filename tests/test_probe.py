@@ -166,7 +166,7 @@ def test_chunks_and_later_frames_stay_in_their_episode(index, dataset):
     means, stored = probe.mean_actions(dataset, np.arange(len(dataset)), 4), index.columns["action"]
     for step, last in ((start, start + 4), (end - 2, end), (end - 1, end)):
         assert np.allclose(means[step], stored[step:last].mean(0), atol=1e-6)
-    steps, valid = probe.chunks_of_steps(dataset, np.array([end - 2]), 4)
+    steps, valid = batches.chunk_steps(dataset.starts, np.array([end - 2]), 4)
     assert steps.tolist() == [[end - 2] + [end - 1] * 3] and valid.tolist() == [[True, True, False, False]]
     assert probe.episodes_of(dataset, np.array([start - 1, start, end - 1, end])).tolist() == [1, 2, 2, 3]
 
@@ -344,7 +344,7 @@ def test_data_of_a_mixture_is_measured_with_its_own_description(rlds, rlds_laten
     assert len(report["lam"]["r2"]["z"]) == 5
     dataset = open_dataset(rlds_latents, cache, str(spec))
     _, held_out = split_episodes(dataset, 0.25, 0)
-    steps, valid = probe.chunks_of_steps(dataset, episode_steps(dataset, held_out), 8)
+    steps, valid = batches.chunk_steps(dataset.starts, episode_steps(dataset, held_out), 8)
     spread = dataset.stored_action(steps[valid]).std(0)
     assert report["tokenizer"]["spread"] == pytest.approx(spread.tolist(), rel=1e-4) and spread[4] > 0.9
     first = probe.main(probe.Config(rlds, None, tokenizer, out=tmp_path / "out", cache=cache))

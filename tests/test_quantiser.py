@@ -93,8 +93,8 @@ def test_code_that_never_restarts_stays_where_it_was():
 def test_codes_start_on_the_first_batch(kind):
     """Each code on a vector of its own."""
     x = torch.randn(16, 4, 8) * 100
-    keep_all = {"decay": 1.0} if kind == "ema" else {}  # the first update leaves the codes where they start
-    q = quantiser.QUANTISERS[kind](32, 8, **keep_all)
+    q = quantiser.QUANTISERS[kind](32, 8)
+    q.decay = 1.0  # of "ema": the first update leaves the codes where they start
     q(x)
     distance = (q.codebook[:, None] - x.flatten(0, 1)).norm(dim=-1).min(1).values
     assert distance.max() < 1e-3 and len(torch.unique(q.codebook, dim=0)) == 32

@@ -141,10 +141,13 @@ def test_compare_prints_paired_results_and_draws_them(tmp_path, capsys):
     assert "1/10   10.0 %    1.8 to  40.4 %   minus A:  -80.0 (-97.9 to -35.4), p = 0.0078" in b and b.endswith("8")
     assert "compared on" not in text
     assert Image.open(tmp_path / "a" / "compare.png").size[0] > 500
-    both = write(tmp_path / "d.jsonl", [record(0, True), record(0, False, suite="libero_object")])
+    kinds = [record(0, True), record(0, False, widen=0.0), record(0, False, suite="libero_object", widen=0.0)]
+    both = write(tmp_path / "d.jsonl", kinds)
     results.compare((both, both))
-    text = capsys.readouterr().out
-    assert "\nlibero_goal: put it there\n" in text and "\nlibero_object: put it there\n" in text
+    parts = capsys.readouterr().out.split("\n\n")
+    for start in ("libero_goal, starts widened by 0.06 m: ", "libero_goal: ", "libero_object: "):
+        (part,) = [part for part in parts if part.startswith(f"{start}put it there\n")]
+        assert ("1/1" in part) == ("widened" in start)
 
 
 def test_compare_refuses_other_starts(tmp_path):

@@ -119,12 +119,15 @@ def test_success_ends_the_episode(sim, cameras, steps, monkeypatch):
     assert (success, len(executed), len(steps)) == (True, 3, 3)
 
 
-def test_drawing_every_step_changes_nothing(sim, cameras):
+def test_drawing_every_step_changes_nothing(sim, cameras, monkeypatch):
     """Observations are the same, bit for bit, whether cameras draw at every step or only for the policy."""
-    observations = []
-    for every_step in (False, True):
+    observations, step = [], sim.step
+    for forced in ({}, {"render": True}):
+        monkeypatch.setattr(
+            sim, "step", lambda action, render=False, forced=forced: step(action, **{"render": render} | forced)
+        )
         policy = Recorder()
-        rollout.play(sim, episode(seed=3, widen=0.06, cameras=cameras, max_steps=9), policy, every_step)
+        rollout.play(sim, episode(seed=3, widen=0.06, cameras=cameras, max_steps=9), policy)
         observations.append(policy.observations)
     for (images, state), (others, other) in zip(*observations, strict=True):
         assert all(map(np.array_equal, images, others)) and np.array_equal(state, other)

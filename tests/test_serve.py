@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 import serve
+from dataspec import PRESETS
 from policy import Policy
 
 TEXT = "put the bowl on the plate"
@@ -246,8 +247,8 @@ print(json.dumps([[e["steps"], e["metrics"]] for task in result["tasks"] for e i
 
 def test_vla_evals_own_clients(run, policy, sim, tmp_path):
     """Its connection: the greeting asks for wrist image, state and robosuite's rotations; a chunk is handed out action
-    by action, anew in a new episode; an error does not end the session. Its LIBERO benchmark: three steps, and what it
-    sends first is what this project's simulator shows at the same start. Then ctrl-C: clients are told, status 0."""
+    by action, anew in a new episode or where one restarts; an error does not end the session. Its LIBERO benchmark:
+    three steps, and what it sends first is what this project's simulator shows at the same start. Then ctrl-C."""
     from vla_eval.connection import Connection
 
     server = Server(run, printed("python serve.py RUN --protocol vla-eval"), "--batch", "3", "--execute", "2")
@@ -270,12 +271,13 @@ def test_vla_evals_own_clients(run, policy, sim, tmp_path):
             with pytest.raises(Exception, match="the message has no wrist, but"):
                 await connection.act({**seen(0), "images": {"agentview": seen(0)["images"]["agentview"]}})
             taken.append((await connection.act(seen(4)))["actions"])
+            taken.append((await connection.act({**seen(1), "episode_restart": True}))["actions"])
             return wanted, taken
 
     wanted, taken = asyncio.run(session())
     assert wanted == {"send_wrist_image": True, "send_state": True, "quat_no_antipodal": True}
-    chunks = {number: policy(observation(number), "robosuite") for number in (0, 2, 3, 4)}
-    expected = [chunks[0][0], chunks[0][1], chunks[2][0], chunks[3][0], chunks[4][0]]
+    chunks = {number: policy(observation(number), "robosuite") for number in range(5)}
+    expected = [chunks[0][0], chunks[0][1], chunks[2][0], chunks[3][0], chunks[4][0], chunks[1][0]]
     assert all(map(np.array_equal, taken, expected))
 
     environment = os.environ | {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
@@ -293,7 +295,7 @@ def test_vla_evals_own_clients(run, policy, sim, tmp_path):
         code, text = server.stop()
         with pytest.raises(ConnectionClosed, match="1001"):
             client.recv(timeout=10)
-    assert code == 0 and "stopped after 6 answers" in text
+    assert code == 0 and "stopped after 7 answers" in text
 
 
 def test_settings_that_cannot_work_are_refused(policy):
@@ -307,6 +309,18 @@ def test_settings_that_cannot_work_are_refused(policy):
     for images in (("one",), ("one", "one")):
         with pytest.raises(ValueError, match="image, wrist_image are called one.* in messages; name each"):
             serve.image_names(serve.Config("run", images=images), policy, [])
+
+
+def test_gripper_of_a_benchmark_is_known_or_asked_for():
+    """openpi's clients get the data's, LIBERO robosuite's; of CALVIN's policies (open is 1) nothing is assumed."""
+
+    def chosen(preset, protocol="vla-eval", gripper=""):
+        return serve.choose_gripper(serve.Config("run", protocol, gripper=gripper), PRESETS[preset])
+
+    assert chosen("libero") == "robosuite" and chosen("calvin", "openpi") == "data"
+    assert chosen("calvin", gripper="data") == "data" and chosen("libero", gripper="data") == "data"
+    with pytest.raises(ValueError, match="--gripper data .open 1, closed -1; .* or --gripper robosuite"):
+        chosen("calvin")
 
 
 def test_server_listens_to_this_machine_alone_unless_told():

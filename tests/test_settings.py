@@ -161,6 +161,8 @@ def test_other_commands_refuse_what_they_would_ignore(tmp_path):
     lam(stage=0, action_fraction=0.0, patch_size=4)
     refuses("--text has no effect with --stage 0; leave it out", lam, text="T5")
     refuses("--action-fraction has no effect with --stage 1", lam, stage=1, action_fraction=0.5)
+    refuses("--chunk has no effect with --stage 1 and without actions", lam, stage=1, chunk=4)
+    refuses("--chunk has no effect with --stage 0 and without actions", lam, action_fraction=0.0, chunk=4)
     refuses("--patch-size has no effect with --features DINO", lam, features="DINO", patch_size=4)
     refuses("learning_rate is -0.1; it must be positive", lam, learning_rate=-0.1)
     refuses("num_workers is -1; it must be at least 0", lam, num_workers=-1)

@@ -193,7 +193,7 @@ def test_presets_name_each_cell_once_and_their_options_exist(tmp_path):
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells[: len(cells) // 3]:  # the first seed's
             for words in study.commands(config(tmp_path, preset), cell):
-                if words[1] == "train.py":
+                if words[1] == str(study.ROOT / "train.py"):
                     check_config(tyro.cli(train.Config, args=words[2:]), 1)
                 else:
                     tyro.cli(evaluation.Config, args=words[2:])
@@ -295,7 +295,7 @@ def test_controls_are_played_by_the_first_seed(tmp_path):
     assert all(words[words.index("--envs") + 1] == "1" for words in (played, *controls))
     assert [words[-2:] for words in controls][1:3] == [["--black-camera", "image"], ["--black-camera", "wrist_image"]]
     assert {words[words.index("--trials") + 1] for words in controls} == {"10"}
-    assert len({words[words.index("--out") + 1] for words in (played, *controls)}) == 1 + len(study.CONTROLS)
+    assert len({words[words.index("--out") + 1] for words in (played, *controls)}) == 1 + len(study.CONTROL_FLAGS)
 
 
 @pytest.mark.parametrize("jobs", (1, 2, 99))
@@ -402,6 +402,7 @@ def test_report_by_hand(cells, tmp_path, capsys):
         "Trained at abc; 5 cells." in text
         and "Played with mujoco 3.3.0: 3 cells." in text
         and "Played with mujoco 3.3.1: 2 cells." in text
+        and "**Cells were played with different versions of the simulator or of torch.**" in text
         and "Labels and codes of models f00." in text
         and "Evaluated at def, as far as cells say." in text
         and "python train.py --out OUT/" in text
@@ -455,8 +456,9 @@ class Pretended:
         self.data = "d00"
 
     def __call__(self, words, **options):
+        assert "cwd" not in options  # relative paths of --train and --evaluate are the caller's, as of --out
         out = study.Path(words[words.index("--out") + 1])
-        if words[1] == "eval.py":
+        if words[1] == str(study.ROOT / "eval.py"):
             write(out, [record(start, True, trial=start) for start in range(3)])
             return SimpleNamespace(wait=lambda: 0)
         self.trained.append(out)
@@ -507,7 +509,7 @@ def test_finished_cells_travel(tmp_path, monkeypatch):
     played = json.loads(cell.read_text())["played"]
     assert played["losses"] == [0.5, 0.4, 0.3] and played["commit"] == "abc" and played["labels"] == ["f00"]
     assert played["played_at"] == ["c"]
-    assert sorted(played["controls"]) == sorted(study.CONTROLS) and len(played["trials"]) == 2
+    assert sorted(played["controls"]) == sorted(study.CONTROL_FLAGS) and len(played["trials"]) == 2
     assert str(tmp_path) not in cell.read_text() and sys.executable not in cell.read_text()
 
 
@@ -624,7 +626,7 @@ def test_what_cannot_start_is_a_fault(tmp_path):
 def test_one_camera_has_no_controls_of_two(tmp_path):
     """Without the wrist camera neither is it black nor are two exchanged; with it all controls are played."""
     both, one = (study.make_cells(config(tmp_path, "variants", train=text))[0] for text in ("", "--no-use-wrist-image"))
-    assert both.controls == tuple(study.CONTROLS) and one.controls == ("blind", "main camera black", "mute")
+    assert both.controls == tuple(study.CONTROL_FLAGS) and one.controls == ("blind", "main camera black", "mute")
 
 
 COMMITTED = {

@@ -384,7 +384,7 @@ def test_resume_of_a_finished_run_leaves_its_weights(train_config, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # What goes wrong on the way
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 def assert_bit_equal(log, expected):
@@ -411,10 +411,10 @@ def two(run, script, tmp_path_factory):
 
 
 def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
-    """Without --resume, and with workers: every loss of the uninterrupted run. Then the newest save is damaged: both
-    processes take the one before."""
+    """Without --resume, and with workers: every loss of the uninterrupted run, although torchrun starts three, of which
+    two can share the batch. Then the newest save is damaged: both processes take the one before."""
     out = tmp_path / "run"
-    words = [sys.executable, *map(str, TORCHRUN), "--max-restarts=1", *map(str, run.flags), "--out", str(out)]
+    words = [sys.executable, *TORCHRUN, "3", "--max-restarts=1", *map(str, run.flags), "--out", str(out)]
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
         while not checkpoint.training_saves(out) and launcher.poll() is None:
             time.sleep(0.005)
@@ -431,7 +431,7 @@ def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
 
 def test_killed_launcher_takes_its_ranks_along(run, tmp_path):
     """A rank that torchrun leaves behind would write into the run that is started again."""
-    words = [sys.executable, *map(str, TORCHRUN), *map(str, run.flags), "--out", str(tmp_path / "run")]
+    words = [sys.executable, *TORCHRUN, "2", *map(str, run.flags), "--out", str(tmp_path / "run")]
     words[words.index("40")] = "4000"
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as launcher:
         while not checkpoint.training_saves(tmp_path / "run") and launcher.poll() is None:

@@ -238,6 +238,7 @@ def test_settings_that_cannot_work_are_refused(train_config, tmp_path):
         ({"eval_every": 1500}, "eval_every is 1500; it must be a multiple of save_every, 1000"),
         ({"eval_every": 1000, "eval_trials": 0}, "eval_trials is 0; it must be at least 1"),
         ({"eval_every": 1000, "eval_flags": "--simulator moon"}, "simulator is 'moon'; choose one of"),
+        ({"eval_every": 1000, "eval_flags": "--trials 50 --out=a.jsonl"}, "eval_flags has --out, --trials, which"),
         ({"eval_flags": "--envs 2"}, "--eval-flags has no effect with --eval-every 0"),
     ):
         with pytest.raises(ValueError, match=text):
