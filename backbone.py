@@ -106,8 +106,7 @@ class Backbone(nn.Module):
         positions = torch.stack([self._mrope_positions(count) for count in self.camera_counts], 1)
         self.register_buffer("positions", positions, persistent=False)  # [3, camera counts, L]
         rotary = self.qwen.language_model.rotary_emb
-        device = rotary.inv_freq.device  # that of a run which reserves more text
-        cos, sin = rotary(torch.zeros(1, device=device), positions.to(device))
+        cos, sin = rotary(rotary.inv_freq.float(), positions.to(rotary.inv_freq.device))  # of its device and type
         vision_cos, vision_sin = self._vision_rope()
         self.register_buffer("cos", cos, persistent=False)  # [camera counts, L, head_dim]
         self.register_buffer("sin", sin, persistent=False)

@@ -253,8 +253,7 @@ def learning_rate(step, steps, peak, schedule, warmup_ratio=0.0, decay_every=10_
 
 def parameter_groups(module, weight_decay):
     """Return AdamW's groups of the trainable parameters: matrices decay; vectors, queries and codebooks do not."""
-    decayed = []
-    undecayed = []
+    decayed, undecayed = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             exempt = parameter.ndim < 2 or "queries" in name or "codebook" in name
