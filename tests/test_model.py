@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import model
 import train
-from batches import prepare_images
+from batches import AUGMENTATIONS, prepare_images
 from files import load_tensors, save_tensors
 from lora import lora_layers, merge_lora
 from model import ACTION_LOSSES, VARIANTS, VLA
@@ -59,6 +59,21 @@ def test_every_input_matters():
     without_proprio = build("baseline", proprio_size=0)
     actions, _ = without_proprio.predict(batch)
     assert torch.equal(actions, without_proprio.predict(batch | {"proprio": -batch["proprio"]})[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_backbone_sees_images_of_the_chosen_augmentation(augmentation):
+    """With draws, as in training, and without, as in evaluation."""
+    vla = build("baseline", augmentation=augmentation)
+    seen = []
+    vla.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = batch_for(vla)
+    draws = torch.rand(4, 2, 6, generator=torch.Generator().manual_seed(0))
+    vla.predict(batch | {"draws": draws})
+    vla.predict(batch)
+    for images, given in zip(seen, (draws, None), strict=True):
+        assert torch.equal(images, prepare_images(batch["images"], 64, given, augmentation))
 
 
 @torch.no_grad()
