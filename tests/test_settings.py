@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from data_helpers import make_chunks
 
 import demos
 import eval as evaluation
@@ -139,6 +140,16 @@ def test_settings_with_an_effect_pass(variant, train_config, tmp_path):
     }
     prepare.check_config(train_config(tmp_path, variant=variant), 1)
     prepare.check_config(train_config(tmp_path, variant=variant, **useful[variant]), 1)
+
+
+def test_settings_of_the_model_reach_it(train_config, dataset, tmp_path):
+    """Those that a model has under the same name, and the loss."""
+    changes = {"augmentation": "shift", "continuous": True, "align_layer": 2, "placeholders_per_step": 3}
+    changes |= {"latent_weight": 0.5, "tuning": "full", "lora_rank": 8, "lora_alpha": 4, "lora_targets": ("qkv",)}
+    changes |= {"head_width": 32, "variant": "la_cond", "image_size": 64, "text_length": 40}
+    config = train_config(tmp_path, loss="l2", **changes)
+    made = prepare.make_model_config(config, make_chunks(dataset), None, None)
+    assert {name: getattr(made, name) for name in changes} == changes and made.action_loss == "l2"
 
 
 def test_gradients_that_are_not_clipped(train_config, tmp_path):
