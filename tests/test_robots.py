@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,23 @@ def test_two_robots_train_one_policy(variant, config_for, made, tmp_path):
         assert policy(observe(dataset, 3)).shape == (25, dataset.action_size)
     with pytest.raises(ValueError, match="has statistics of .*choose one of them"):
         Policy(tmp_path / "run")
+
+
+def test_held_out_error_is_a_mean_over_an_even_choice_of_both_robots_steps(made):
+    """Every 12th step of 128, counted on from one data set to the next; own dimensions, and steps before the end."""
+    datasets = [made[name][0] for name in ("two_arms", "five_joints")]
+    chunks = batches.ActionChunks(datasets, [each.cameras for each in datasets], 8)
+    held_out = [(number, batches.EpisodeSteps(each.starts, [1, 3])) for number, each in enumerate(datasets)]
+    places = [(number, step) for number, steps in held_out for step in steps]
+    values = []
+    for number, step in places[:: len(places) // 10]:
+        item = chunks.sample(number, step)
+        values.append(item["actions"][item["valid"], : datasets[number].action_size].abs().flatten())
+    still = SimpleNamespace(
+        eval=lambda: None, train=lambda: None, predict=lambda batch: (torch.zeros_like(batch["actions"]), None)
+    )
+    found = train.validate(still, chunks, held_out, ONE, batch_size=4, samples=10)
+    assert found == pytest.approx(torch.cat(values).mean().item())
 
 
 def test_data_sets_of_one_robot_must_agree(robots, made, config_for, tmp_path):
