@@ -285,6 +285,17 @@ def test_second_stage_is_announced_with_the_flags_that_it_needs(tmp_path):
     assert on_eight == ["torchrun", "--standalone", "--nproc-per-node", "8", *command[1:]]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quantiser_gets_patience_and_seed(command, dataset, tmp_path):
+    """Those of the command line, in the image-based model and in the tokenizer."""
+    config = make_config(command, tmp_path / "out", tmp_path, tmp_path, patience=7, seed=3, chunk=8)
+    if command is train_latent.LamTraining:
+        made = train_latent.build_lam(config, [dataset], ONE)[0].codes.quantiser
+    else:
+        made = train_latent.build_tokenizer(config, [dataset], ONE)[0].quantiser
+    assert (made.patience, made.seed) == (7, 3)
+
+
 def test_every_quantiser_is_a_choice_of_the_command_line():
     """And nothing else is."""
     required = ["--data", "d", "--out", "o", "--codebook"]
