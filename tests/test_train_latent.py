@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import tyro
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from warm import call_on_ranks
 
 import checkpoint
@@ -32,6 +34,7 @@ SMALL = {  # settings with which each command trains for a fraction of a second
     train_latent.TokenizerTraining: dict(num_codes=16, code_dim=16),
 }
 COMMANDS = tuple(SMALL)
+BUILD = dict(zip(COMMANDS, (train_latent.build_lam, train_latent.build_tokenizer)))
 
 
 def make_config(command, out, data, cache, **changes):
@@ -289,10 +292,8 @@ def test_second_stage_is_announced_with_the_flags_that_it_needs(tmp_path):
 def test_quantiser_gets_patience_and_seed(command, dataset, tmp_path):
     """Those of the command line, in the image-based model and in the tokenizer."""
     config = make_config(command, tmp_path / "out", tmp_path, tmp_path, patience=7, seed=3, chunk=8)
-    if command is train_latent.LamTraining:
-        made = train_latent.build_lam(config, [dataset], ONE)[0].codes.quantiser
-    else:
-        made = train_latent.build_tokenizer(config, [dataset], ONE)[0].quantiser
+    model, _ = BUILD[command](config, [dataset], ONE)
+    made = model.codes.quantiser if command is train_latent.LamTraining else model.quantiser
     assert (made.patience, made.seed) == (7, 3)
 
 
@@ -303,6 +304,30 @@ def test_every_quantiser_is_a_choice_of_the_command_line():
         assert tyro.cli(train_latent.LamTraining, args=[*required, name]).codebook == name
     with pytest.raises(SystemExit):
         tyro.cli(train_latent.LamTraining, args=[*required, "unknown"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_rates_and_clipping_of_the_updates(command, dataset, cache, tmp_path):
+    """One update of 11 is warm-up, then a cosine to 1 %; gradients, here ten times as large, are scaled to norm 1."""
+    config = make_config(command, tmp_path, tmp_path, cache, max_steps=11, chunk=8)
+    model, make_samples = BUILD[command](config, [dataset], ONE)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: 10 * gradient)
+    norms = []
+
+    def record(optimizer, *_):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    with register_optimizer_step_pre_hook(record):
+        train_latent.run_training(model, make_samples(None), config, ONE)
+    log = read_log(tmp_path)
+    cosine = [1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * step / 10)) / 2) for step in range(10)]
+    assert [entry["lr"] for entry in log] == pytest.approx([5e-4, *cosine])
+    logged = [entry["grad_norm"] for entry in log]
+    assert max(logged) > 2 and norms == pytest.approx([min(norm, 1) for norm in logged], rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
