@@ -1,18 +1,30 @@
 """Settings that contradict each other or the run that is resumed: refused, with the reason, before the work."""
 
+import ast
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from data_helpers import make_chunks
 
+import data
 import demos
 import eval as evaluation
+import inspection
 import label
+import latent
 import prepare
+import presets
 import probe
+import probe_policy
+import serve
+import study
+import targets
 import train
 import train_latent
+import watch
 from common import Ranks
 from files import read_json, write_json
 from model import VARIANTS
@@ -189,3 +201,34 @@ def test_other_commands_refuse_what_they_would_ignore(tmp_path):
         ({"compare": (tmp_path,), "trials": 3}, "trials cannot be used with compare"),
     ]:
         refuses(match, evaluation.check, evaluation.Config(**options))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options that nothing reads
+
+READ_BY = {  # the settings of each command: the modules that read them
+    train.Config: (train, targets, prepare, watch),
+    evaluation.Config: (evaluation,),
+    demos.Config: (demos,),
+    data.Config: (data, inspection),
+    label.Config: (label,),
+    probe.Config: (probe,),
+    probe_policy.Config: (probe_policy,),
+    serve.Config: (serve,),
+    study.Config: (study, presets),
+    train_latent.LamTraining: (latent, train_latent),
+    train_latent.TokenizerTraining: (train_latent,),
+}
+
+
+@pytest.mark.parametrize("settings", READ_BY, ids=lambda settings: f"{settings.__module__}.{settings.__name__}")
+def test_every_setting_is_read(settings):
+    """No field of a command is there for nothing: each is read as `config.<field>` or `sizes.<field>`."""
+    read = set(prepare.LENGTH) if settings is train.Config else set()  # read by name
+    for module in READ_BY[settings]:
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+                if owner in ("config", "sizes"):
+                    read.add(node.attr)
+    assert {field.name for field in fields(settings)} <= read
