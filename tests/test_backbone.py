@@ -325,25 +325,21 @@ def test_low_rank_update_is_pefts(bias):
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(gradients, expected_gradients, strict=True))
 
 
-def test_base_in_half_precision():
-    """Frozen weights in bf16 with updates in f32 give the f32 losses and gradients to 2 %, and merge without loss."""
+@torch.no_grad()
+def test_updates_merge_into_a_base_in_half_precision():
+    """Actions, which the updates move by about 16 %, move by less than 2 % of their size, and no LoRA layer is left."""
     vla = build("la_align")
-    half = build("la_align")
-    for p in half.backbone.qwen.parameters():
+    for p in vla.backbone.qwen.parameters():
         p.data = p.data.bfloat16()
-    results = []
-    for each in (vla, half):
-        torch.manual_seed(3)
-        lora.add_lora(each.backbone.qwen, 2, 4)
-        for _, layer in lora.lora_layers(each.backbone.qwen):
-            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
-        results.append(losses_and_gradients(each, batch_for(each)))
-    for a, b in zip(*results, strict=True):
-        assert b.dtype == torch.float32 and (a - b).norm() < 0.1 * a.norm() + 1e-4
-    assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=0.02)
-    before, _ = half.predict(batch_for(half))
-    lora.merge_lora(half)
-    assert (half.predict(batch_for(half))[0] - before).abs().mean() < 0.02 * before.abs().mean()
+    torch.manual_seed(3)
+    lora.add_lora(vla.backbone.qwen, 2, 4)
+    for _, layer in lora.lora_layers(vla.backbone.qwen):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    before, _ = vla.predict(batch_for(vla))
+    lora.merge_lora(vla)
+    after, _ = vla.predict(batch_for(vla))
+    assert (after - before).abs().mean() < 0.02 * before.abs().mean()
+    assert not lora.lora_layers(vla)
 
 
 def test_lora_on_some_layers():
