@@ -130,7 +130,7 @@ def test_codes_are_placed_on_valid_vectors_by_seed_and_update():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# k-means and usage
+# k-means
 
 
 def test_kmeans_finds_clusters_and_leaves_no_mean_where_nothing_is():
@@ -143,10 +143,3 @@ def test_kmeans_finds_clusters_and_leaves_no_mean_where_nothing_is():
     assert torch.equal(quantiser.kmeans(x, 4, seed=1), means)
     few = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
     assert sorted(quantiser.kmeans(few, 4).unique().tolist()) == [0.0, 1.0]
-
-
-def test_code_usage_by_hand():
-    """Two codes in equal shares at one position, a single code at the other."""
-    used, perplexity = quantiser.code_usage(quantiser.code_counts(torch.tensor([[0, 3], [1, 3], [0, 3], [1, 3]]), 4))
-    assert used.tolist() == [2, 1]
-    assert perplexity.tolist() == pytest.approx([2, 1])
