@@ -165,19 +165,15 @@ def train_command(folder, variant, steps, *more):
     return ["train.py", "--variant", variant, "--out", folder / variant, *shared, *more]
 
 
-def log_of(run_folder):
-    """Return the objects in a run's log."""
-    return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-
-
 def train_variants(folder, steps):
     """All five variants train on the embedded data, and their losses fall."""
+    from curves import read_log
     from model import VARIANTS
 
     parts = []
     for variant in VARIANTS:
         run(train_command(folder, variant, steps), 60)
-        log = log_of(folder / variant)
+        log = read_log(folder / variant)
         if steps > 20 and log[-1]["loss"] > log[0]["loss"]:
             raise AssertionError(f"{variant}: the loss rose from {log[0]['loss']:.3f} to {log[-1]['loss']:.3f}")
         parts.append(f"{variant} {log[0]['loss']:.3f} to {log[-1]['loss']:.3f}")
@@ -232,6 +228,8 @@ def compare_policy(folder):
 
 def resume_after_kill(folder):
     """A run that is killed after a save goes on as if nothing had happened."""
+    from curves import read_log
+
     steps = 30
     options = ["--save-every", 5, "--seed", 3]
     run(train_command(folder / "whole", "la_direct", steps, *options), 60)
@@ -241,7 +239,7 @@ def resume_after_kill(folder):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     run(train_command(folder / "killed", "la_direct", steps, *options, "--resume"), 60)
-    whole, killed = (log_of(folder / name / "la_direct") for name in ("whole", "killed"))
+    whole, killed = (read_log(folder / name / "la_direct") for name in ("whole", "killed"))
     off = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(whole, killed, strict=True))
     if off > 1e-3:
         raise AssertionError(f"losses differ by {off:.1e} after a resume")

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, printed
 
+from curves import read_log
+
 PAGE = (ROOT / "docs" / "fork.md").read_text()
 
 
@@ -57,7 +59,7 @@ def test_a_sixth_variant_another_loss_and_another_backbone_train(trained):
     """One run has all three: the losses are finite, the saved model is what was asked for."""
     settings = json.loads((trained / "config.json").read_text())["model"]
     assert (settings["variant"], settings["action_loss"], settings["backbone"]) == ("la_huber", "log_cosh", "wide")
-    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    log = read_log(trained)
     assert len(log) == 2 and all(0 < entry["latent_loss"] < 1e3 for entry in log)
     assert all(entry["loss"] == pytest.approx(entry["action_loss"] + entry["latent_loss"]) for entry in log)
 

@@ -1,6 +1,5 @@
 """Ctrl-C, and what wandb does to a run: neither costs more than a warning."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,12 +13,12 @@ from conftest import ROOT
 import checkpoint
 import common
 import tracking
+from curves import read_log
 
 
 def log_of(folder):
     """Return the objects in a run's log; none before it is there."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_log(folder) if (folder / "log.jsonl").exists() else []
 
 
 def start_long(run, out, *more):

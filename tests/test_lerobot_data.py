@@ -35,6 +35,7 @@ import lerobot_data
 import mp4
 import train
 from batches import ActionChunks, StepBatchSampler, chunk_steps
+from curves import read_log
 from index import Feature
 from policy import Policy
 
@@ -299,7 +300,7 @@ def test_forked_workers_read_the_same_batches(dataset, monkeypatch):
 
 def losses_of(run):
     """Return {name: values at all updates} of the losses in a run's log."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_log(run)
     return {name: [entry[name] for entry in log] for name in ("loss", "action_loss", "grad_norm", "lr")}
 
 

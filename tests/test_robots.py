@@ -17,6 +17,7 @@ import eval as evaluation
 import prepare
 import train
 import train_latent
+from curves import read_log
 from data import open_dataset
 from model import VARIANTS
 from policy import Policy
@@ -92,11 +93,6 @@ def observe(dataset, step, read=None):
     """Return what a policy of a data set gets at a step. read(camera) -> image (default: as training reads it)."""
     images = {camera: (read or dataset.image)(camera, step) for camera in dataset.cameras}
     return {"images": images, "state": dataset.state([step])[0], "instruction": dataset.instruction(step)}
-
-
-def log_of(run):
-    """Return the objects in a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,7 +207,7 @@ def test_two_robots_train_one_policy(variant, config_for, made, tmp_path):
     """The log has the losses of each; each robot's policy has its own sizes, statistics and convention."""
     names = ["two_arms", "five_joints"]
     train.main(config_for(names, tmp_path / "run", variant=variant, chunk=25, max_steps=4, data_weights=(1.0, 2.0)))
-    log = log_of(tmp_path / "run")
+    log = read_log(tmp_path / "run")
     for entry in log:
         shares = {name: entry[f"action_loss/{name}"] for name in names if f"action_loss/{name}" in entry}
         assert shares and all(f"latent_loss/{name}" in entry for name in shares)
@@ -319,7 +315,7 @@ def test_batches_without_any_action_train_in_one_process_and_two(config_for, rob
     """la_direct on video alone: the latent loss falls in, the action loss is 0, the head stays; two processes agree."""
     video = dict(variant="la_direct", data_fraction=0.0, rest="video", max_steps=3)
     train.main(config_for(["five_joints"], tmp_path / "one", **video))
-    one = log_of(tmp_path / "one")
+    one = read_log(tmp_path / "one")
     assert all(entry["action_loss"] == 0 and entry["latent_loss"] > 0 for entry in one)
     assert "val_action_l1" not in one[-1]
     command = [
@@ -335,7 +331,7 @@ def test_batches_without_any_action_train_in_one_process_and_two(config_for, rob
     command += ["--val-fraction", 0.25, "--image-size", 32, "--num-workers", 0, "--out", tmp_path / "two"]
     done = script(*command, ranks=2)
     assert done.code == 0, done.text
-    two = log_of(tmp_path / "two")
+    two = read_log(tmp_path / "two")
     assert np.allclose([e["latent_loss"] for e in two], [e["latent_loss"] for e in one], rtol=1e-4)
     assert [e["skipped"] for e in two] == [0, 0, 0]
 

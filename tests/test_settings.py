@@ -1,7 +1,6 @@
 """Settings that contradict each other or the run that is resumed: refused, with the reason, before the work."""
 
 import ast
-import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import train
 import train_latent
 import watch
 from common import Ranks
+from curves import read_log
 from files import read_json, write_json
 from model import VARIANTS
 
@@ -34,10 +34,9 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 LOSSES = ("loss", "lr", "grad_norm")
 
 
-def log_of(folder):
+def losses_of(folder):
     """Return [(loss, learning rate, norm)] of a run's updates."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [tuple(entry[name] for name in LOSSES) for entry in entries]
+    return [tuple(entry[name] for name in LOSSES) for entry in read_log(folder)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ def test_resumed_run_may_get_more_steps(scheduler, train_config, tmp_path):
     write_json(short / "config.json", started | {"commit": "before"})  # as if other code had begun
     for _ in range(2):
         train.main(train_config(short, max_steps=6, resume=True, **options))
-    assert log_of(short) == log_of(whole) and len(log_of(short)) == 6
+    assert losses_of(short) == losses_of(whole) and len(losses_of(short)) == 6
     config = read_json(short / "config.json")
     assert config["train"]["max_steps"] == 6 and config["commit"] == f"before, {started['commit']}"
     write_json(short / "config.json", config | {"commit": "before"})
@@ -167,7 +166,7 @@ def test_settings_of_the_model_reach_it(train_config, dataset, tmp_path):
 def test_gradients_that_are_not_clipped(train_config, tmp_path):
     """--max-grad-norm 0 trains as a norm that is never reached; the norm is logged all the same."""
     first, second = (train.main(train_config(tmp_path / f"{n}", max_grad_norm=n)) for n in (0.0, 1e9))
-    assert log_of(first) == log_of(second) and all(norm > 0 for *_, norm in log_of(first))
+    assert losses_of(first) == losses_of(second) and all(norm > 0 for *_, norm in losses_of(first))
 
 
 def test_other_commands_refuse_what_they_would_ignore(tmp_path):

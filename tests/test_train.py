@@ -35,6 +35,7 @@ import prepare
 import targets
 import train
 import train_latent
+from curves import read_log
 from index import split_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
@@ -44,11 +45,6 @@ ONE = common.Ranks(0, 1, torch.device("cpu"))
 def dataset(rlds, cache):
     """The data set that the runs are trained on."""
     return data.open_dataset(rlds, cache)
-
-
-def log_of(run):
-    """The objects in a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def column(log, name):
@@ -86,7 +82,7 @@ def test_run_writes_what_it_promises(run, dataset):
         "curves.png",
         "README.md",
     }
-    log = log_of(run.folder)
+    log = read_log(run.folder)
     assert column(log, "step") == list(range(40))
     assert all({"step", "loss", "action_loss", "latent_loss", "lr", "samples_per_s"} <= entry.keys() for entry in log)
     assert all(
@@ -117,7 +113,7 @@ def test_run_writes_what_it_promises(run, dataset):
 
 def test_training_learns(run):
     """Within 40 steps both losses of the last ten are below those of the first ten."""
-    log = log_of(run.folder)
+    log = read_log(run.folder)
     for name in ("action_loss", "latent_loss"):
         assert np.mean(column(log, name)[-10:]) < 0.95 * np.mean(column(log, name)[:10]), name
 
@@ -131,12 +127,12 @@ def test_wandb_gets_the_log_on_request(tmp_path, monkeypatch):
         log.write(step=0, loss=1.0)
         log.close()
         assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == runs
-    assert log_of(tmp_path) == [{"step": 0, "loss": 1.0}]
+    assert read_log(tmp_path) == [{"step": 0, "loss": 1.0}]
 
 
 def test_learning_rates_in_the_log(run):
     """The default schedule: a cosine from the peak at the first step to 1 % of it after the last."""
-    lrs = column(log_of(run.folder), "lr")
+    lrs = column(read_log(run.folder), "lr")
     assert np.allclose(lrs, [1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * s / 40)) / 2) for s in range(40)])
 
 
@@ -151,7 +147,7 @@ def test_saved_model_is_the_trained_one(train_config, tmp_path):
     with torch.no_grad():
         actions = first.predict(batch)[0]
         assert torch.equal(actions, second.predict(batch)[0])
-    logged = log_of(tmp_path / "run")[-1]["val_action_l1"]
+    logged = read_log(tmp_path / "run")[-1]["val_action_l1"]
     assert train.validate(first.eval(), dataset, held_out, ONE) == logged
     error = (actions - batch["actions"]).abs().numpy()[batch["valid"].numpy()]
     assert len(steps) > 20 and logged == pytest.approx(error.mean(), rel=1e-5)
@@ -172,7 +168,7 @@ def test_first_loss_is_that_of_the_first_batch(variant, image_aug, train_config,
     with torch.no_grad():
         augmented, centred = vla(batch), vla(without_draws)
     assert augmented["loss"] != centred["loss"]
-    (logged,) = log_of(tmp_path / "run")
+    (logged,) = read_log(tmp_path / "run")
     for name, value in (augmented if image_aug else centred).items():
         if torch.is_tensor(value):
             assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
@@ -202,7 +198,7 @@ def test_updates_by_hand(train_config, tmp_path):
                 p -= lr * first[name] / (1 - 0.9 ** (step + 1)) / scale
                 average[name].lerp_(p, 1 - (1 + step) / (10 + step))
     assert min(norms) > 0.5 and max(norms) > 1.2 * min(norms)  # or the scale would not matter to AdamW
-    assert column(log_of(run), "grad_norm") == pytest.approx(norms, rel=1e-3)
+    assert column(read_log(run), "grad_norm") == pytest.approx(norms, rel=1e-3)
     evaluated, saved = (files.load_tensors(run / f"{name}.safetensors")[0] for name in ("model", "training-3"))
     for name, p in weights.items():
         assert torch.allclose(saved[name], p, atol=1e-5) and torch.allclose(evaluated[name], average[name], atol=1e-5)
@@ -215,7 +211,7 @@ def test_epochs_replace_max_steps(train_config, tmp_path, dataset):
     train.main(train_config(tmp_path / "run", variant="baseline", epochs=0.1, max_steps=99))
     kept, _ = split_episodes(dataset, 0.25, 0)
     samples = sum(np.diff(dataset.starts)[kept])
-    assert len(log_of(tmp_path / "run")) == math.ceil(0.1 * samples / 4)
+    assert len(read_log(tmp_path / "run")) == math.ceil(0.1 * samples / 4)
 
 
 def test_la_tok_targets_do_not_depend_on_what_lies_past_the_end(tokenizer):
@@ -287,7 +283,7 @@ def whole(train_config, tmp_path_factory):
     changes = dict(variant="la_cond", global_batch_size=16, max_steps=4)
     out = tmp_path_factory.mktemp("runs") / "whole"
     train.main(train_config(out, **changes))
-    return log_of(out), changes
+    return read_log(out), changes
 
 
 def assert_same_losses(log, expected):
@@ -300,7 +296,7 @@ def assert_same_losses(log, expected):
 def test_accumulation_equals_the_big_batch(whole, train_config, tmp_path):
     """4 x 4 samples instead of 16."""
     train.main(train_config(tmp_path / "run", **whole[1], per_device_batch_size=4))
-    assert_same_losses(log_of(tmp_path / "run"), whole[0])
+    assert_same_losses(read_log(tmp_path / "run"), whole[0])
 
 
 def test_two_processes_equal_one(whole, rlds, cache, labels, script, tmp_path):
@@ -309,7 +305,7 @@ def test_two_processes_equal_one(whole, rlds, cache, labels, script, tmp_path):
     batch = ("--global-batch-size", 16, "--per-device-batch-size", 4)
     done = script("train.py", "--variant", "la_cond", *inputs, *batch, "--out", tmp_path / "run", ranks=2)
     assert done.code == 0, done.text
-    assert_same_losses(log_of(tmp_path / "run"), whole[0])
+    assert_same_losses(read_log(tmp_path / "run"), whole[0])
 
 
 def test_killed_run_resumes_bit_identically(run, script, tmp_path):
@@ -322,9 +318,9 @@ def test_killed_run_resumes_bit_identically(run, script, tmp_path):
     assert process.exitcode == -9 and max(checkpoint.training_saves(out)) < 40
     done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0)
     assert done.code == 0, done.text
-    assert column(log_of(out), "step") == list(range(40))
+    assert column(read_log(out), "step") == list(range(40))
     for name in (*LOSSES, "lr"):
-        assert column(log_of(out), name) == column(log_of(run.folder), name), name
+        assert column(read_log(out), name) == column(read_log(run.folder), name), name
     tensors, _ = files.load_tensors(out / "model.safetensors")
     for name, tensor in files.load_tensors(run.folder / "model.safetensors")[0].items():
         assert torch.equal(tensor, tensors[name]), name
@@ -343,17 +339,17 @@ def test_checkpointing_and_compiling_change_nothing(train_config, tmp_path, monk
     with torch._dynamo.config.patch(error_on_recompile=True):
         train.main(train_config(tmp_path / "fast", **changes, gradient_checkpointing=True, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert_same_losses(log_of(tmp_path / "fast"), log_of(tmp_path / "eager"))
+    assert_same_losses(read_log(tmp_path / "fast"), read_log(tmp_path / "eager"))
 
 
 def test_resume_before_the_first_save_starts_over(train_config, tmp_path):
     """A run that was killed before it saved anything is trained from the start."""
     train.main(train_config(tmp_path / "run", variant="baseline"))
-    expected = column(log_of(tmp_path / "run"), "loss")
+    expected = column(read_log(tmp_path / "run"), "loss")
     for name in ("model.safetensors", "training-2.safetensors"):
         (tmp_path / "run" / name).unlink()
     train.main(train_config(tmp_path / "run", variant="baseline", resume=True))
-    assert column(log_of(tmp_path / "run"), "loss") == expected and (tmp_path / "run" / "model.safetensors").exists()
+    assert column(read_log(tmp_path / "run"), "loss") == expected and (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_resume_of_a_finished_run_leaves_its_weights(train_config, tmp_path):
@@ -417,11 +413,11 @@ def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
         os.kill(int(ranks[0]), signal.SIGKILL)
         text = launcher.stderr.read()
     assert launcher.returncode == 0 and "exitcode: -9" in text and "forcefully exiting" not in text, text
-    assert_bit_equal(log_of(out), log_of(two))
+    assert_bit_equal(read_log(out), read_log(two))
     damage(out / "training-40.safetensors")
     done = script(*run.flags, "--out", out, "--resume", "--num-workers", 0, ranks=2)
     assert done.code == 0 and "training-40.safetensors is damaged" in done.text, done.text
-    assert_bit_equal(log_of(out), log_of(two))
+    assert_bit_equal(read_log(out), read_log(two))
 
 
 def test_killed_launcher_takes_its_ranks_along(run, tmp_path):
@@ -457,7 +453,7 @@ def test_resumed_on_another_number_of_processes(run, two, train_config, tmp_path
     out = shutil.copytree(two, tmp_path / "run")
     (out / "training-40.safetensors").unlink()
     train.main(train_config(out, variant="la_align", max_steps=40, resume=True))
-    assert_same_losses(log_of(out), log_of(two))
+    assert_same_losses(read_log(out), read_log(two))
 
 
 def test_damaged_newest_save(run, train_config, tmp_path, capsys):
@@ -468,7 +464,7 @@ def test_damaged_newest_save(run, train_config, tmp_path, capsys):
     again = train_config(out, variant="la_align", max_steps=40, save_every=5, resume=True)
     train.main(again)
     assert "training-40.safetensors is damaged" in capsys.readouterr().err
-    assert_bit_equal(log_of(out), log_of(run.folder))
+    assert_bit_equal(read_log(out), read_log(run.folder))
     assert contents(out).keys() == contents(run.folder).keys()
     (out / "model.safetensors").unlink()
     train.main(again)
@@ -485,7 +481,7 @@ def two_ranks(run, out, *more):
     """
     words = [*run.flags, "--out", out, "--max-steps", 100_000, *more]
     with running(words, out.with_suffix(".txt"), ranks=2) as ranks:
-        wait_for(lambda: not ranks[0].is_alive() or ((out / "log.jsonl").exists() and log_of(out)))
+        wait_for(lambda: not ranks[0].is_alive() or ((out / "log.jsonl").exists() and read_log(out)))
         yield ranks
 
 
@@ -502,7 +498,7 @@ def test_sigterm_saves_and_ends(run, tmp_path):
         assert workers and not any(map(alive, workers))
     (step,) = checkpoint.training_saves(out)
     assert f"SIGTERM: saved after {step} of 100000 steps. Continue: the same command with --out {out} --resume" in text
-    assert column(log_of(out), "step") == list(range(step)) and (out / "model.safetensors").exists()
+    assert column(read_log(out), "step") == list(range(step)) and (out / "model.safetensors").exists()
 
 
 def test_a_rank_that_hangs_ends_the_job(run, tmp_path):
@@ -560,7 +556,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, fifth, train_config, t
     poisoned("actions", value, fifth, monkeypatch)
     flags = dict(variant="baseline", max_steps=3, save_every=1, keep=3)
     train.main(train_config(tmp_path / "run", **flags))
-    log = log_of(tmp_path / "run")
+    log = read_log(tmp_path / "run")
     assert column(log, "skipped") == [0, 1, 0] and not math.isfinite(log[1]["loss"] + log[1]["grad_norm"])
     saves = [files.load_tensors(tmp_path / "run" / f"training-{step}.safetensors")[0] for step in (1, 2, 3)]
     followed = [name for name in saves[0] if not name.startswith("average.")]  # the average of the weights goes on
@@ -606,7 +602,7 @@ def test_a_step_is_skipped_on_all_processes(run, fifth, script, train_config, tm
     assert done.code == 0, done.text
     poisoned("actions", math.nan, fifth, monkeypatch)
     train.main(train_config(tmp_path / "one", variant="la_align", max_steps=4))
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert column(one, "skipped") == column(two, "skipped") and column(two, "skipped")[1] == 1
     sound = [step for step in range(4) if not one[step]["skipped"]]
     assert_same_losses([two[step] for step in sound], [one[step] for step in sound])
@@ -736,7 +732,7 @@ def test_labels_of_the_release_need_an_explicit_choice(rlds_latents, train_confi
     with pytest.raises(ValueError, match="hold quantised vectors, but align_target is 'continuous'"):
         train.main(train_config(tmp_path / "run", **released))
     train.main(train_config(tmp_path / "run", **released, align_target="quantised"))
-    assert log_of(tmp_path / "run")[0]["latent_loss"] > 0
+    assert read_log(tmp_path / "run")[0]["latent_loss"] > 0
 
 
 def test_existing_folder_stays_untouched(train_config, tmp_path):

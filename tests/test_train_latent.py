@@ -22,6 +22,7 @@ import latent
 import quantiser
 import targets
 import train_latent
+from curves import read_log
 from data import Dataset, open_dataset
 from index import episode_steps, split_episodes
 
@@ -44,11 +45,6 @@ def make_config(command, out, data, cache, **changes):
 def lam_config(out, data, cache, **changes):
     """Return small settings of `train_latent.py lam`."""
     return make_config(train_latent.LamTraining, out, data, cache, **changes)
-
-
-def read_log(folder):
-    """Return the entries of a run's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def read_weights(folder):

@@ -14,6 +14,7 @@ from video_helpers import LONG, moving_square, read_in_order, write_video
 
 import data
 import train
+from curves import read_log
 from files import save_tensors
 
 CAPTIONS = {"a.mp4": "move the square", "b.mp4": "stop the square"}
@@ -235,11 +236,6 @@ def test_video_that_changed_after_it_was_indexed(copy, cache):
 # Training
 
 
-def log_of(run):
-    """Return the objects in a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def mixture(film, rlds, cache, tmp_path_factory):
     """Settings of la_direct on `rlds` and on videos of the same robot, with random labels of one latent model."""
@@ -272,7 +268,7 @@ def test_video_and_actions_train_together(trained):
     """The losses of both are logged: video has a latent loss and no action loss."""
     config = json.loads((trained / "config.json").read_text())
     assert [entry["name"] for entry in config["data"]] == ["made", "film"] and not config["model"]["embodiments"]
-    entries = log_of(trained)
+    entries = read_log(trained)
     for name in ("latent_loss/made", "latent_loss/film (video)", "action_loss/made"):
         assert any(entry.get(name, 0) > 0 for entry in entries), (name, entries)
     assert not any("action_loss/film (video)" in entry for entry in entries)
@@ -294,5 +290,5 @@ def test_two_processes_train_alike(trained, mixture, script, tmp_path):
     done = script("train.py", *flags, ranks=2)
     assert done.code == 0, done.text
     for name in ("loss", "latent_loss", "action_loss", "grad_norm"):
-        found, expected = ([entry[name] for entry in log_of(run)] for run in (tmp_path / "run", trained))
+        found, expected = ([entry[name] for entry in read_log(run)] for run in (tmp_path / "run", trained))
         assert np.allclose(found, expected, rtol=2e-4), name

@@ -20,6 +20,7 @@ import train
 import watch
 from checkpoint import training_saves
 from common import Log
+from curves import read_log
 from files import load_tensors, save_tensors, write_json
 from policy import Policy
 
@@ -77,11 +78,6 @@ def evaluate(watched, run, step, logged_at=None):
     watched.report(step if logged_at is None else logged_at)
 
 
-def log_of(run):
-    """Return the objects in a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 def step_of(folder):
     """Return after how many updates the weights in a folder were saved."""
     return int(load_tensors(folder / "model.safetensors")[1]["step"])
@@ -105,7 +101,7 @@ def test_best_save_is_kept_by_success(plan, tmp_path):
     for step, best in ((2, 2), (4, 4), (6, 6), (8, 6)):
         evaluate(watched, run, step)
         assert (step_of(run / "best"), step_of(run / "watch")) == (best, step)
-    entries = log_of(run)
+    entries = read_log(run)
     assert [entry["success_step"] for entry in entries] == [2, 4, 6, 8]
     assert [entry["success"] for entry in entries] == [0.25, 0.75, 0.75, 0.5]
     assert all(0 < entry["success_low"] < entry["success"] < entry["success_high"] < 1 for entry in entries)
@@ -135,9 +131,9 @@ def test_failing_evaluation_is_a_warning(plan, tmp_path, capsys):
     evaluate(watched, run, 2)
     text = capsys.readouterr().err
     assert "WARNING: the evaluation of step 2 failed: no simulator today" in text and "output.txt" in text
-    assert log_of(run) == [] and not (run / "best").exists()
+    assert read_log(run) == [] and not (run / "best").exists()
     evaluate(watched, run, 4)
-    assert [entry["success"] for entry in log_of(run)] == [1.0]
+    assert [entry["success"] for entry in read_log(run)] == [1.0]
 
 
 def test_full_disk_is_a_warning(plan, tmp_path, capsys, monkeypatch):
@@ -190,7 +186,7 @@ def test_last_weights_are_waited_for(plan, tmp_path):
     save(run, 5)
     watched.begin(5)
     watched.finish(5, False, threading.Event())
-    assert [(entry["step"], entry["success_step"]) for entry in log_of(run)] == [(4, 2), (4, 5)]
+    assert [(entry["step"], entry["success_step"]) for entry in read_log(run)] == [(4, 2), (4, 5)]
     assert step_of(run / "best") == 5
 
 
@@ -203,12 +199,12 @@ def test_sigterm_ends_the_last_evaluation(plan, tmp_path):
     sigterm = threading.Event()
     threading.Timer(0.5, sigterm.set).start()
     watched.finish(6, False, sigterm)
-    assert watched.child.returncode == -signal.SIGKILL and log_of(run) == []
+    assert watched.child.returncode == -signal.SIGKILL and read_log(run) == []
     plan({6: 2})
     watched = open_watch(run, 6)
     assert watched.child and watched.step == 6  # at once, not only at the end
     watched.finish(6, False, threading.Event())
-    assert [(entry["success_step"], entry["success"]) for entry in log_of(run)] == [(6, 0.5)]
+    assert [(entry["success_step"], entry["success"]) for entry in read_log(run)] == [(6, 0.5)]
 
 
 def test_resumed_run_knows_what_was_evaluated(plan, tmp_path):
@@ -220,16 +216,16 @@ def test_resumed_run_knows_what_was_evaluated(plan, tmp_path):
     evaluate(watched, run, 2, logged_at=3)
     evaluate(watched, run, 4)
     watched.log.close()
-    assert len(log_of(run)) == 2
+    assert len(read_log(run)) == 2
     for name in ("eval-2.jsonl.tmp", "eval-4.json.tmp"):  # of an evaluation that was killed while it wrote
         (run / "watch" / name).touch()
     watched = open_watch(run, 2)
     assert watched.child is None  # what is in watch/ is of step 4
-    assert [(entry["step"], entry["success_step"]) for entry in log_of(run)] == [(1, 2)]
+    assert [(entry["step"], entry["success_step"]) for entry in read_log(run)] == [(1, 2)]
     assert sorted(path.name for path in (run / "watch").glob("eval-*")) == ["eval-2.json", "eval-2.jsonl"]
     plan({4: 1})
     evaluate(watched, run, 4)
-    assert [entry["success"] for entry in log_of(run)] == [0.75, 0.25] and step_of(run / "best") == 4
+    assert [entry["success"] for entry in read_log(run)] == [0.75, 0.25] and step_of(run / "best") == 4
 
 
 def test_settings_that_cannot_work_are_refused(train_config, tmp_path):
@@ -263,7 +259,7 @@ def test_best_save_is_a_run_of_its_own(plan, train_config, tmp_path, monkeypatch
     train.main(train_config(run, variant="baseline", max_steps=9, save_every=4, eval_every=4))
     assert step_of(run / "best") == 4 and Policy(run / "best").chunk == 8
     assert "| updates | 4 of 4 samples" in (run / "best" / "README.md").read_text()
-    log = log_of(run)
+    log = read_log(run)
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(9))
     evaluated = [entry for entry in log if "success" in entry]
     assert [entry["success_step"] for entry in evaluated] == [4, 8, 9]
@@ -321,7 +317,7 @@ def test_evaluations_beside_two_processes(code, training, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, *small], cwd=code, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    steps = [entry["success_step"] for entry in log_of(tmp_path / "run") if "success" in entry]
+    steps = [entry["success_step"] for entry in read_log(tmp_path / "run") if "success" in entry]
     assert steps == [2], done.stderr
     summary = json.loads((tmp_path / "run/watch/eval-2.json").read_text())
     assert summary["suites"][0]["episodes"] == 2 and summary["command"][0].endswith("eval.py")
