@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from warm import wait_for
 
 import checkpoint
 import common
@@ -27,10 +27,8 @@ def start_long(run, out, *more):
     command = [sys.executable, *map(str, flags)]
     how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
     training = subprocess.Popen(command, **how)
-    end = time.time() + 120
-    while not log_of(out):
-        assert training.poll() is None and time.time() < end
-        time.sleep(0.01)
+    wait_for(lambda: training.poll() is not None or log_of(out))
+    assert training.poll() is None
     return training
 
 

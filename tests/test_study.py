@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import torch
 import tyro
 from conftest import printed
 from eval_helpers import record, write
+from warm import wait_for
 
 import prepare
 import report
@@ -706,7 +706,7 @@ def test_stopped_study_stops_what_it_started(tmp_path):
         (tmp_path / "started").unlink(missing_ok=True)
         (tmp_path / "saved").unlink(missing_ok=True)
         running = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        wait_for(tmp_path / "started")
+        wait_for((tmp_path / "started").exists)
         return running
 
     running = start()
@@ -721,12 +721,3 @@ def test_stopped_study_stops_what_it_started(tmp_path):
     done = subprocess.run(list(map(str, words[:-2])) + ["--variants", "baseline"], capture_output=True, text=True)
     assert done.returncode == 1 and "another call of study.py, or what it started, is at this cell" in done.stdout
     subprocess.run(["pkill", "-f", str(stand_in)])
-
-
-def wait_for(path):
-    """Wait until a file exists."""
-    for _ in range(600):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    raise TimeoutError(path)

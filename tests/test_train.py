@@ -21,7 +21,7 @@ import torch
 import tyro
 from conftest import ROOT
 from torch.utils.data import default_collate, get_worker_info
-from warm import running
+from warm import descendants, is_running, running, wait_for
 
 import batches
 import checkpoint
@@ -409,8 +409,7 @@ def test_torchrun_restarts_a_killed_rank(run, two, script, tmp_path):
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
         while not checkpoint.training_saves(out) and launcher.poll() is None:
             time.sleep(0.005)
-        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(ranks[0]), signal.SIGKILL)
+        os.kill(descendants(launcher.pid)[0], signal.SIGKILL)
         text = launcher.stderr.read()
     assert launcher.returncode == 0 and "exitcode: -9" in text and "forcefully exiting" not in text, text
     assert_bit_equal(read_log(out), read_log(two))
@@ -427,25 +426,10 @@ def test_killed_launcher_takes_its_ranks_along(run, tmp_path):
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as launcher:
         while not checkpoint.training_saves(tmp_path / "run") and launcher.poll() is None:
             time.sleep(0.01)
-        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        below = descendants(launcher.pid)
         launcher.kill()
-    assert len(ranks) == 2
-    for rank in ranks:
-        wait_for(lambda: not alive(rank))  # noqa: B023
-
-
-def alive(pid):
-    """Whether a process runs."""
-    stat = f"/proc/{pid}/stat"
-    return os.path.exists(stat) and open(stat).read().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(condition, seconds=60):
-    """Returns when it holds; fails when it does not within some time."""
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.01)
+    assert len(below) >= 2
+    wait_for(lambda: not any(map(is_running, below)))
 
 
 def test_resumed_on_another_number_of_processes(run, two, train_config, tmp_path):
@@ -489,13 +473,13 @@ def test_sigterm_saves_and_ends(run, tmp_path):
     """Sent to one process and its data workers, it ends both with status 0 after the same step, which is saved."""
     out = tmp_path / "run"
     with two_ranks(run, out, "--num-workers", 1, "--save-every", 100_000) as ranks:
-        workers = subprocess.run(["pgrep", "-P", str(ranks[1].pid)], capture_output=True, text=True).stdout.split()
+        workers = descendants(ranks[1].pid)
         os.killpg(ranks[1].pid, signal.SIGTERM)
         for rank in ranks:
             rank.join(60)
         text = out.with_suffix(".txt").read_text()
         assert [rank.exitcode for rank in ranks] == [0, 0], text
-        assert workers and not any(map(alive, workers))
+        assert workers and not any(map(is_running, workers))
     (step,) = checkpoint.training_saves(out)
     assert f"SIGTERM: saved after {step} of 100000 steps. Continue: the same command with --out {out} --resume" in text
     assert column(read_log(out), "step") == list(range(step)) and (out / "model.safetensors").exists()

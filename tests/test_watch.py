@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, printed
+from warm import descendants, is_running, wait_for
 
 import common
 import train
@@ -81,15 +82,6 @@ def evaluate(watched, run, step, logged_at=None):
 def step_of(folder):
     """Return after how many updates the weights in a folder were saved."""
     return int(load_tensors(folder / "model.safetensors")[1]["step"])
-
-
-def descendants(pid):
-    """Return the process ids of a process's children, and theirs."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(child)]
-    return found
 
 
 def test_best_save_is_kept_by_success(plan, tmp_path):
@@ -321,22 +313,6 @@ def test_evaluations_beside_two_processes(code, training, tmp_path):
     assert steps == [2], done.stderr
     summary = json.loads((tmp_path / "run/watch/eval-2.json").read_text())
     assert summary["suites"][0]["episodes"] == 2 and summary["command"][0].endswith("eval.py")
-
-
-def is_running(pid):
-    """Return whether a process runs."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(condition, seconds=120):
-    """Return when it holds; fail when it does not within some time."""
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.05)
 
 
 def test_printed_command_evaluates(plan, script_here, cache, tmp_path):

@@ -1,6 +1,6 @@
 """Scripts in processes of their own that need not import torch and transformers, which takes 4 s of CPU time.
 
-They are forked from a process that has imported both and has done nothing else.
+They are forked from a process that has imported both and has done nothing else. And what runs, below which process.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,32 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def is_running(pid):
+    """Return whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid):
+    """Return the process ids of a process's children, and theirs."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(child)]
+    return found
+
+
+def wait_for(condition, seconds=120):
+    """Return when it holds; fail when it does not within some time."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
 
 
 def _become(words, output, environment):
