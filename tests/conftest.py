@@ -359,6 +359,12 @@ def stats(dataset):
     return dataset.stats
 
 
+@pytest.fixture(scope="session")
+def cameras(dataset):
+    """The sizes of its images, as an evaluation takes them from a run's config."""
+    return {name: dataset.storage_options(name)["size"] for name in dataset.cameras}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Demonstrations that the command in docs/data.md made
 

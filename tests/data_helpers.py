@@ -44,7 +44,7 @@ def change_episode(folder, target, changes):
 
 
 def replace_step(step, value):
-    """Return a function that returns the same list or array with a new value at one step."""
+    """Return a function that returns the same list or array with a new value at one step, or another row."""
     return lambda values: [*values[:step], value, *values[step + 1 :]]
 
 

@@ -52,11 +52,6 @@ def change_table(folder, file, **columns):
     pq.write_table(table, folder / file)
 
 
-def replace_value(place, value):
-    """Return a function that returns a list with another value at one place."""
-    return lambda values: [*values[:place], value, *values[place + 1 :]]
-
-
 def expected_of(name):
     """Return what the official package reads of a data set: {name: array}."""
     with np.load(SETS / "expected" / f"{name}.npz") as arrays:

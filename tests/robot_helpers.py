@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from video_helpers import moving_square, write_video
 
 from files import save_tensors
 
@@ -114,21 +115,12 @@ def write_labels(dataset, path, codes_per_step=2, dim=8):
     return path
 
 
-def write_videos(folder, frames=12, size=(64, 64), embodiment="my_robot"):
+def write_videos(folder):
     """Write two MP4 files with captions and a description; return the folder."""
-    import av
-
     folder.mkdir()
-    for number, text in enumerate(TASKS):
-        with av.open(str(folder / f"{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-            for step in range(frames):
-                pixels = np.full((*size, 3), 40 * number + 10, np.uint8)
-                pixels[4 * step : 4 * step + 8] = 220
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            container.mux(stream.encode())
+    for number in range(len(TASKS)):
+        write_video(folder / f"{number}.mp4", moving_square(12, 64, 64, number))
     (folder / "captions.json").write_text(json.dumps({f"{number}.mp4": text for number, text in enumerate(TASKS)}))
-    spec = {"embodiment": embodiment, "cameras": {"front": "video"}, "instruction": "caption"}
+    spec = {"embodiment": "my_robot", "cameras": {"front": "video"}, "instruction": "caption"}
     (folder / "spec.json").write_text(json.dumps(spec))
     return folder

@@ -28,13 +28,6 @@ import sim as simulator
 from demos import Expert
 from normalise import Normaliser
 
-
-@pytest.fixture(scope="module")
-def cameras(dataset):
-    """The sizes of the training images, as an evaluation takes them from a run's config."""
-    return {name: dataset.storage_options(name)["size"] for name in dataset.cameras}
-
-
 TOY = """
 import numpy as np
 

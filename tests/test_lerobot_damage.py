@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import run_check
+from data_helpers import replace_step, run_check
 from lerobot_helpers import (
     EPISODES,
     FRONT,
@@ -19,7 +19,6 @@ from lerobot_helpers import (
     change_json,
     change_table,
     copy_set,
-    replace_value,
 )
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -123,11 +122,11 @@ DAMAGE = {
         f"{TABLE}: episode 4: there are 14 rows, but its length in the metadata is 15",
     ),
     "another length": (
-        table(EPISODES, length=replace_value(1, 11)),
+        table(EPISODES, length=replace_step(1, 11)),
         f"{TABLE}: episode 1: there are 12 rows, but its length in the metadata is 11",
     ),
     "episode of no step": (
-        table(EPISODES, length=replace_value(1, 0)),
+        table(EPISODES, length=replace_step(1, 0)),
         f"{TABLE}: episode 1: there are 12 rows, but its length in the metadata is 0",
     ),
     "frames counted from 1": (
@@ -135,7 +134,7 @@ DAMAGE = {
         OF_TABLE + "frame_index is 1 at step 0; it must count from 0 to 6",
     ),
     "a frame twice": (
-        table(frame_index=replace_value(12, 4)),
+        table(frame_index=replace_step(12, 4)),
         f"{TABLE}: episode 1: frame_index is 4 at step 5; it must count from 0 to 11",
     ),
     "no times": (table(timestamp=lambda times: [0.0] * len(times)), OF_TABLE + AT_STEP_1.format("0.0000")),
@@ -152,15 +151,15 @@ DAMAGE = {
         f"{TABLE}: episode 1: timestamp is 0.1000 s at step 0, but by its number and fps 0.0000 s. They find different",
     ),
     "unknown task": (
-        table(task_index=replace_value(22, 7)),
+        table(task_index=replace_step(22, 7)),
         f"{TABLE}: episode 2: task_index is 7 at step 3, but the tasks are [0, 1]",
     ),
     "empty values": (
-        table(observation__state=replace_value(9, None), next__reward=replace_value(61, None)),
+        table(observation__state=replace_step(9, None), next__reward=replace_step(61, None)),
         OF_TABLE + "column observation.state has no value in row 9; column next.reward has no value in row 61",
     ),
     "empty number": (
-        table(action=replace_value(9, [0.0, 0.0, None, 0.0, 0.0])),
+        table(action=replace_step(9, [0.0, 0.0, None, 0.0, 0.0])),
         OF_TABLE + "column action has no value in row 9",
     ),
     "several texts": (
@@ -185,15 +184,15 @@ DAMAGE = {
         OF_TABLE + "column frame_index holds int64 that do not fit int8 of info.json",
     ),
     "action not finite": (
-        table(action=replace_value(9, [0.0, 0.0, 0.0, float("nan"), 0.0])),
+        table(action=replace_step(9, [0.0, 0.0, 0.0, float("nan"), 0.0])),
         f"{TABLE}: action of v30 is nan at step 2 of episode 1, dimension 3",
     ),
     "picture without bytes": (
-        table(observation__images__side=replace_value(0, {"bytes": None, "path": "frame-0.png"})),
+        table(observation__images__side=replace_step(0, {"bytes": None, "path": "frame-0.png"})),
         f"{TABLE}: camera {SIDE} at step 0 of episode 0 cannot be used: its bytes are not in ",
     ),
     "picture damaged": (
-        table(observation__images__side=replace_value(0, {"bytes": b"\x89PNG" * 9, "path": "frame-0.png"})),
+        table(observation__images__side=replace_step(0, {"bytes": b"\x89PNG" * 9, "path": "frame-0.png"})),
         f"{TABLE}: camera {SIDE} at step 0 of episode 0 cannot be used: cannot identify image file",
     ),
     "info.json cut": (cut("meta/info.json"), "meta/info.json is no JSON: "),
@@ -211,7 +210,7 @@ DAMAGE = {
         "meta/info.json: feature action is {'dtype': 'float32', 'names': ['dx', ",
     ),
     "episodes missing": (info(total_episodes=6), "meta: 5 episodes are listed, but total_episodes in info.json is 6"),
-    "episode twice": (table(EPISODES, episode_index=replace_value(3, 1)), "meta: episode 1 is listed twice"),
+    "episode twice": (table(EPISODES, episode_index=replace_step(3, 1)), "meta: episode 1 is listed twice"),
     "episodes cut": (cut(EPISODES), "meta: damaged metadata: ArrowInvalid("),
     "episodes without a column": (
         table(EPISODES, **{"data_of_file_index": None}),
@@ -248,8 +247,8 @@ def test_check_lists_all_faults_in_one_go(tmp_path, capsys):
     remove(first_front)(folder)
     shutil.copyfile(folder / first_wrist.replace("0000.", "0003."), folder / second)
     last = "data/chunk-000/episode_000004.parquet"
-    change_table(folder, last, action=replace_value(3, [0.0, float("inf"), 0.0, 0.0, 0.0]))
-    change_table(folder, last, observation__images__side=replace_value(7, {"bytes": None, "path": "x.png"}))
+    change_table(folder, last, action=replace_step(3, [0.0, float("inf"), 0.0, 0.0, 0.0]))
+    change_table(folder, last, observation__images__side=replace_step(7, {"bytes": None, "path": "x.png"}))
     remove(last.replace("0004", "0002"))(folder)
     errors, lines = run_check(folder, capsys)
     expected = [

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import equal_batches
+from data_helpers import equal_batches, replace_step
 from lerobot_helpers import (
     EPISODES,
     FRONT,
@@ -25,7 +25,6 @@ from lerobot_helpers import (
     change_table,
     copy_set,
     expected_of,
-    replace_value,
 )
 from torch.utils.data import DataLoader
 from video_helpers import moving_square, write_video
@@ -149,11 +148,11 @@ def test_fingerprint_is_of_the_contents(cache, indices, tmp_path):
     assert data.open_index(folder, cache).fingerprint == indices["v30"].fingerprint
     assert len({index.fingerprint for index in indices.values()}) == 5
     start = "videos/observation__images__front/from_timestamp".replace("/", "_of_")
-    change_table(folder, EPISODES, **{start: replace_value(1, 0.0)})
+    change_table(folder, EPISODES, **{start: replace_step(1, 0.0)})
     fingerprints = {indices["v30"].fingerprint, data.open_index(folder, cache).fingerprint}
     shutil.copyfile(SETS / "v30" / EPISODES, folder / EPISODES)
     picture = pq.read_table(folder / TABLE)[SIDE][3].as_py()
-    change_table(folder, TABLE, **{SIDE.replace(".", "__"): replace_value(0, picture)})
+    change_table(folder, TABLE, **{SIDE.replace(".", "__"): replace_step(0, picture)})
     fingerprints.add(data.open_index(folder, cache).fingerprint)
     shutil.copyfile(SETS / "v30" / TABLE, folder / TABLE)
     shutil.copyfile(folder / VIDEO.replace("wrist", "front"), tmp_path / "front.mp4")

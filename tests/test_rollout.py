@@ -26,12 +26,6 @@ class Recorder:
         return self.chunks[-1]
 
 
-@pytest.fixture(scope="module")
-def cameras(dataset):
-    """The sizes of the training images, as an evaluation takes them from a run's config."""
-    return {name: dataset.storage_options(name)["size"] for name in dataset.cameras}
-
-
 @pytest.fixture
 def steps(sim, monkeypatch):
     """The (action, render, drawn) of every step of the simulator after settling."""

@@ -26,7 +26,6 @@ from warm import descendants, is_running, running, wait_for
 import batches
 import checkpoint
 import common
-import data
 import files
 import label
 import latent
@@ -39,12 +38,6 @@ from curves import read_log
 from index import split_episodes
 
 ONE = common.Ranks(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def dataset(rlds, cache):
-    """The data set that the runs are trained on."""
-    return data.open_dataset(rlds, cache)
 
 
 def column(log, name):
