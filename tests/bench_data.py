@@ -431,12 +431,18 @@ def bench_video(config):
             if config.lerobot:
                 ways["LeRobot's loader"] = functools.partial(read_with_lerobot, config.lerobot, folder, config.backend)
             for workers in config.workers:
-                rates = {name: [] for name in ways}
-                for number in range(config.rounds):
-                    for name, read in ways.items():
-                        rates[name].append(read(workers=workers, count=config.batches, seed=number))
+                rates = time_ways(ways, workers, config)
                 rows += [describe_rates(folder, workers, rates, name) for name in ways]
     return {"rows": rows}
+
+
+def time_ways(ways, workers, config):
+    """Return {way: samples/s of each round}. The ways take turns; ways: {name: function (workers, count, seed)}."""
+    rates = {name: [] for name in ways}
+    for number in range(config.rounds):
+        for name, read in ways.items():
+            rates[name].append(read(workers=workers, count=config.batches, seed=number))
+    return rates
 
 
 def describe_rates(folder, workers, rates, name):

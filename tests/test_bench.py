@@ -108,7 +108,7 @@ def test_every_layer_of_the_backbone_passes_the_memory_formula(config):
 
 
 @pytest.mark.usefixtures("restored_precision")
-def test_memory_table_of_the_docs(capsys):
+def test_memory_table_of_the_docs():
     """What the real 2B model keeps, counted at its true size, is what docs/training.md says: samples and TFLOP."""
     table = bench_model.bench_memory(bench_model.MemoryConfig(size="2b"))
     assert (round(table["frozen"] / 1e6), round(table["trained"] / 1e6)) == (2128, 445)

@@ -220,11 +220,6 @@ def test_check_fails_for_what_cannot_train(oddity, tmp_path, capsys, monkeypatch
     assert remedy in re.sub(r"\[\s+(.*?)\s+\]", r"[\1]", text), text
 
 
-def grippers_of(number):
-    """Return a change of the spec: that many grippers."""
-    return {"grippers": [Gripper(6, 1.0, 0.0)][:number]}
-
-
 def first_action_of_nothing(index):
     """Return the index with actions of 0 at the first step of each episode, as BridgeData has them."""
     actions = index.columns["action"].copy()
@@ -234,6 +229,7 @@ def first_action_of_nothing(index):
 
 
 SMALL = np.zeros((24, 24, 3), np.uint8)
+ONE_GRIPPER = {"grippers": [Gripper(6, 1.0, 0.0)]}  # a change of the description
 TRAINS = {
     "as it should be": (lambda i: i, {}, []),
     "always open": (lambda i: with_action(i, 6, -1), {}, ["dimension 6 of the action is -1 at all steps"]),
@@ -247,7 +243,7 @@ TRAINS = {
         {},
         [],
     ),
-    "1 and 0, described": (lambda i: with_action(i, 6, np.arange(60) % 2), grippers_of(1), []),
+    "1 and 0, described": (lambda i: with_action(i, 6, np.arange(60) % 2), ONE_GRIPPER, []),
     "an angle, described": (
         lambda i: with_action(i, 6, np.linspace(-1, 1, 60)),
         {"grippers": [], "action_names": []},
@@ -260,7 +256,7 @@ TRAINS = {
     ),
     "a gripper that rests between": (
         lambda i: with_action(i, 6, np.linspace(0, 1, 60)),
-        grippers_of(1),
+        ONE_GRIPPER,
         ["the gripper, dimension 6 of the action, is neither open nor closed in 80% of the steps; is it one?"],
     ),
     "a rare motion": (

@@ -111,7 +111,7 @@ def test_features_of_all_kinds(indices):
     assert "observation.images.depth" not in index.frames and not index.videos
 
 
-def test_odd_features_as_parts(indices, cache, tmp_path):
+def test_odd_features_as_parts(cache, tmp_path):
     """One row, one number and halves can be the state; matrices and depth are refused, and do not hinder the others."""
     spec = {
         "embodiment": "odd",
@@ -181,7 +181,7 @@ def test_second_opening_reads_the_cache(tmp_path):
         data.open_index(folder, cache)
 
 
-def test_relative_folder(dataset, cache, tmp_path, monkeypatch):
+def test_relative_folder(dataset, cache, monkeypatch):
     """The name and the fingerprint are those of the folder that is meant."""
     monkeypatch.chdir(dataset.directory)
     assert data.open_index(".", cache).fingerprint == dataset.fingerprint

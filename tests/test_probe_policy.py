@@ -39,7 +39,7 @@ def test_way_ends_where_the_gripper_changes_next():
     assert way[:4, 0].tolist() == [3, 2, 7, 4] and way[:4, 1].tolist() == [-3, -2, -7, -4]
 
 
-def test_only_what_the_images_show_counts(dataset, tmp_path):
+def test_only_what_the_images_show_counts(dataset):
     """Of a target that follows from instruction, step number and gripper, nothing is left; of one that differs by
     episode, that difference is."""
     known = probe_policy.known_without_images(dataset)

@@ -239,7 +239,7 @@ def test_held_out_error_is_a_mean_over_an_even_choice_of_both_robots_steps(made)
     assert found == pytest.approx(torch.cat(values).mean().item())
 
 
-def test_data_sets_of_one_robot_must_agree(robots, made, config_for, tmp_path):
+def test_data_sets_of_one_robot_must_agree(robots, config_for, tmp_path):
     """Two sets of one embodiment with other sizes are refused, with both sizes."""
     spec = json.loads((robots["five_joints"] / "spec.json").read_text()) | {"embodiment": "two_arms"}
     (tmp_path / "spec.json").write_text(json.dumps(spec))

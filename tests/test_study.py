@@ -70,7 +70,7 @@ def test_pooled_scatter_by_hand():
     assert (mean, error) == pytest.approx((4, np.sqrt(26 / 6))) and freedom == pytest.approx(26**2 / (144 / 9 + 98))
 
 
-def test_pooled_scatter_finds_more_and_stays_honest(tmp_path):
+def test_pooled_scatter_finds_more_and_stays_honest():
     """Eight policies against a baseline, three seeds: of seven equal ones at most 7 % have p < 0.05 in 60 studies, and
     the one that is better by 20 points has it at least half again as often as when it is judged by its own seeds."""
     rng = np.random.default_rng(5)
@@ -261,7 +261,7 @@ def test_video_first_is_two_commands(tmp_path):
         assert all((f"{v}-first-2-seed3" in names) == (f"{v}-first-5-seed3" in names) for v in study.LATENT)
 
 
-def test_printed_study(tmp_path):
+def test_printed_study():
     """The command of docs/study.md gives its labels to all cells, and they are refused in no variant. They are of the
     embedded data, by another model than the labels that were learned with actions."""
     settings = tyro.cli(study.Config, args=printed("python study.py fewshot --out runs/fewshot --jobs 2")[2:])
@@ -350,7 +350,7 @@ def test_together_and_alone(rlds, train_config, tmp_path):
 
 
 @pytest.fixture
-def cells(tmp_path):
+def cells():
     """Two variants with 2 and 18 labels, two seeds, of which one is not finished."""
     made = []
     for variant, labelled, rate in (("baseline", 2, 0.4), ("baseline", 18, 0.9), ("la_direct", 2, 0.8)):
@@ -413,7 +413,7 @@ def test_report_by_hand(cells, tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("success.png", "curves.png"))
 
 
-def test_comparisons_of_a_level_are_a_family(tmp_path):
+def test_comparisons_of_a_level_are_a_family():
     """Holm's correction counts the comparisons of a column with the same number of labels; what is not among the
     compared groups has none."""
     cells = []
@@ -590,7 +590,7 @@ def test_cells_of_several_machines(tmp_path, monkeypatch, capsys):
     assert "baseline-seed1 is made anew: train was , is --centre" in capsys.readouterr().out
 
 
-def test_labels_of_different_models_are_refused(tmp_path):
+def test_labels_of_different_models_are_refused():
     """Cells whose labels come from different models, though their files have one name, in one group or in two that
     stand in one table; the codes of la_tok are of a model of their own."""
 

@@ -208,7 +208,7 @@ def test_tokenizer_of_other_units_is_refused(dataset):
     assert not _same_bounds(stats | {"clip": False}, stats)
 
 
-def test_labels_of_other_sizes_do_not_mix(dataset, rlds_latents, cache, labels, tmp_path):
+def test_labels_of_other_sizes_do_not_mix(dataset, labels, tmp_path):
     """Another latent model, another width of the codes: named before the loss meets them."""
     from train import Config
 

@@ -425,7 +425,7 @@ def test_killed_launcher_takes_its_ranks_along(run, tmp_path):
     wait_for(lambda: not any(map(is_running, below)))
 
 
-def test_resumed_on_another_number_of_processes(run, two, train_config, tmp_path):
+def test_resumed_on_another_number_of_processes(two, train_config, tmp_path):
     """The last five steps of two processes by one: equal to rounding."""
     out = shutil.copytree(two, tmp_path / "run")
     (out / "training-40.safetensors").unlink()
@@ -503,15 +503,15 @@ def test_a_data_worker_that(fault, message, train_config, tmp_path, monkeypatch)
     wait_for(lambda: not multiprocessing.active_children())
 
 
-def poisoned(name, value, where, monkeypatch, times=10**9):
-    """Lets some entry of the sample at step `where` of a data set be `value`, the first `times` times."""
+def poisoned(value, where, monkeypatch, times=10**9):
+    """Let the actions of the sample at step `where` of a data set be `value`, the first `times` times."""
     sample, left = batches.ActionChunks.sample, [times]
 
     def spoiled(self, number, step):
         item = sample(self, number, step)
         if step == where and left[0] > 0:
             left[0] -= 1
-            item[name] = torch.full_like(item[name], value)
+            item["actions"] = torch.full_like(item["actions"], value)
         return item
 
     monkeypatch.setattr(batches.ActionChunks, "sample", spoiled)
@@ -530,7 +530,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, fifth, train_config, t
 
     An infinite target has an infinite L1 loss, but finite gradients.
     """
-    poisoned("actions", value, fifth, monkeypatch)
+    poisoned(value, fifth, monkeypatch)
     flags = dict(variant="baseline", max_steps=3, save_every=1, keep=3)
     train.main(train_config(tmp_path / "run", **flags))
     log = read_log(tmp_path / "run")
@@ -545,7 +545,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, fifth, train_config, t
 @pytest.mark.parametrize("times, listed", ((10**9, 1), (1, 4)))
 def test_too_many_steps_that_are_not_finite(times, listed, dataset, fifth, train_config, tmp_path, monkeypatch):
     """The run stops and says which samples of the last step are to blame: all when each alone is sound."""
-    poisoned("actions", math.nan, fifth, monkeypatch, times)
+    poisoned(math.nan, fifth, monkeypatch, times)
     flags = dict(variant="baseline", max_steps=3, max_skipped=1)
     with pytest.raises(FloatingPointError, match=r"1 updates in a row \(--max-skipped\)") as caught:
         train.main(train_config(tmp_path / "run", **flags))
@@ -577,7 +577,7 @@ def test_a_step_is_skipped_on_all_processes(run, fifth, script, train_config, tm
     command = [tmp_path / "spoiled.py", *run.flags[1:], "--max-steps", 4, "--out", tmp_path / "two"]
     done = script(*command, "--num-workers", 0, ranks=2)
     assert done.code == 0, done.text
-    poisoned("actions", math.nan, fifth, monkeypatch)
+    poisoned(math.nan, fifth, monkeypatch)
     train.main(train_config(tmp_path / "one", variant="la_align", max_steps=4))
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert column(one, "skipped") == column(two, "skipped") and column(two, "skipped")[1] == 1
@@ -721,7 +721,7 @@ def test_existing_folder_stays_untouched(train_config, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_resume_with_other_settings_is_refused(run, rlds, cache, labels, train_config, tmp_path):
+def test_resume_with_other_settings_is_refused(run, train_config, tmp_path):
     """The changed setting is named with both values, and the run stays as it is."""
     out = shutil.copytree(run.folder, tmp_path / "run")
     before = contents(out)

@@ -292,7 +292,7 @@ def code(tmp_path_factory):
 
 
 @pytest.fixture
-def training(code, rlds, cache):
+def training(rlds, cache):
     """Function (flags) -> a command that trains with evaluations every two updates."""
     flags = ["--variant", "baseline", "--data", rlds, "--cache", cache, "--global-batch-size", 4, "--num-workers", 0]
     flags += ["--save-every", 2, "--eval-every", 2, "--eval-flags=--simulator line --suite line --envs 1"]
