@@ -68,11 +68,8 @@ def init_distributed(timeout=600, batch=None):
         started, world = world, max(number for number in range(1, world + 1) if batch % number == 0)
         if rank >= world:
             sys.exit()
-        if rank == 0 and world < started:
-            print(
-                f"{world} of {started} processes train: more of them cannot share a batch of {batch} equally",
-                flush=True,
-            )
+        if world < started:
+            print0(f"{world} of {started} processes train: more of them cannot share a batch of {batch} equally")
     if world > 1:
         _join_group("nccl" if cuda else "gloo", rank, world, timedelta(seconds=timeout))
     return Ranks(rank, world, device)

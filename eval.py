@@ -164,16 +164,18 @@ def plan_trials(config, policy):
             "swap_cameras": config.swap_cameras,
             "any_version": config.any_mujoco,
         }
-        for task in check_tasks(config.task_ids or trained, suite, playable[suite], len(texts)):
+        tasks = check_tasks(config.task_ids or trained, suite, playable[suite], len(texts))
+        for task in tasks:
             shared |= {"task": task, "instruction": texts[task], "prompt": make_prompt(config, texts, task, trained)}
             episodes += [Episode(seed=config.seed + trial, trial=trial, **shared) for trial in range(config.trials)]
-            if not widen and (starts := simulator.count_starts(suite, task)):
-                warn_of_known_starts(config, suite, task, starts, entry)
+        if not widen:
+            for starts in sorted({simulator.count_starts(suite, task) for task in tasks} - {0}):
+                warn_of_known_starts(config, suite, starts, entry)
     return episodes
 
 
-def warn_of_known_starts(config, suite, task, starts, entry):
-    """Warn when trials of a task, which has so many official `starts`, are no new ones.
+def warn_of_known_starts(config, suite, starts, entry):
+    """Warn when trials of tasks that have so many official `starts` are no new ones.
 
     Their objects stand where they stood in other trials, or in demonstrations; fixtures differ where a suite has some
     that move.
@@ -181,14 +183,14 @@ def warn_of_known_starts(config, suite, task, starts, entry):
     played = {seed % starts for seed in range(config.seed, config.seed + config.trials)}
     if len(played) < config.trials:
         print(
-            f"WARNING: {suite} task {task} has {starts} official starts, so only {len(played)} of the {config.trials} "
-            "trials differ, but for fixtures: intervals are too narrow"
+            f"WARNING: {suite} has {starts} official starts of a task, so only {len(played)} of {config.trials} trials "
+            "differ, but for fixtures: intervals are too narrow"
         )
     known = {seed % starts for seed in entry.get("official_seeds", ())} if suite == entry.get("suite") else set()
     if both := played & known:
         print(
-            f"WARNING: {suite} task {task}: from {len(both)} of the {len(played)} starts the run's demonstrations "
-            "began too; choose others with --seed, or new places with --widen"
+            f"WARNING: {suite}: from {len(both)} of the {len(played)} starts of a task the run's demonstrations began, "
+            "too; choose others with --seed, or new places with --widen"
         )
 
 

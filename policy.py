@@ -103,9 +103,7 @@ def _check_sizes(config, num_weights):
             raise ValueError(f"embodiments hold {entry!r:.80} in config.json. Put the run's own file back.")
     check_model_config(config)
     width = config.head_width or 1
-    least = width * max(
-        config.chunk, config.action_size, config.proprio_size, 14 * width
-    )  # 14 W^2: a block of the head
+    least = width * max(config.chunk, config.action_size, config.proprio_size, 14 * width)  # a block has 14 W^2
     least = max(least, 64 * max(config.num_codes, config.code_dim, config.lora_rank))  # no backbone is narrower
     if least > num_weights:
         raise ValueError(f"config.json asks for more than the {num_weights} weights of the run: {config}")

@@ -194,9 +194,9 @@ def test_starts_that_are_not_new_are_named(capsys):
     plan(unwidened, trials=4, seed=50, task_ids=(8,))
     plan(unwidened, trials=4, seed=4)
     text = capsys.readouterr().out
-    assert text.count("WARNING") == 1 and "task 8: from 3 of the 4 starts the run's demonstrations began too" in text
+    assert text.count("WARNING") == 1 and "from 3 of the 4 starts of a task the run's demonstrations began, too" in text
     plan(unwidened, suite=("libero_goal_with_milk",), trials=12, task_ids=(1,))
-    assert "has 10 official starts, so only 10 of the 12 trials differ" in capsys.readouterr().out
+    assert "has 10 official starts of a task, so only 10 of 12 trials differ" in capsys.readouterr().out
 
 
 def test_controls_on_the_instruction():
