@@ -84,8 +84,9 @@ def prepare(config, ranks, free_to_change):
     for each in datasets:
         vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
     before = settings_to_resume(run, config.resume, "train")
+    targets = [{"fingerprint": part.fingerprint} for part in labels or [tokenizer] if part]
     if config.init_from and not before:
-        print0(start_from(vla, config.init_from, [each.spec.embodiment for each in datasets]))
+        print0(start_from(vla, config.init_from, [each.spec.embodiment for each in datasets], targets))
     description = {
         "train": to_json(config),
         "model": asdict(vla.config),
@@ -94,7 +95,7 @@ def prepare(config, ranks, free_to_change):
             describe_data(each, names, dataset.image_sides, config.instructions)
             for each, names in zip(datasets, cameras)
         ],
-        "targets": [{"fingerprint": part.fingerprint} for part in labels or [tokenizer] if part],
+        "targets": targets,
         "command": sys.argv,
         "commit": git_commit(),
         "torch": torch.__version__,

@@ -16,14 +16,15 @@ PARTS = {"backbone": "backbone", "queries": "placeholders", "head": "head", "lat
 
 
 @torch.no_grad()
-def start_from(vla, run, embodiments):
+def start_from(vla, run, embodiments, targets):
     """Overwrite what is trained in `vla` by the run's weights of the same names and shapes; return what was taken.
 
     The backbone must fit as a whole; placeholders, action head and latent head are taken tensor by tensor. The layers
     for state and actions belong to an embodiment: they are taken only where both runs have the same `embodiments`, the
-    names of this one's data sets in order. Return a text that says, for each
-    part, how many tensors were taken, and names those that were not. Raise FileNotFoundError or ValueError when `run`
-    is no trained run, or one of a different backbone, tuning, set of LoRA layers or scale of theirs.
+    names of this one's data sets in order. targets: of config.json, this one's latent targets. Return a text that says,
+    for each part, how many tensors were taken, names those that were not, and says where variant or latent targets
+    differ. Raise FileNotFoundError or ValueError when `run` is no trained run, or one of a different backbone, tuning,
+    set of LoRA layers or scale of theirs.
     """
     run = Path(run)
     if not (run / "model.safetensors").exists():
@@ -59,4 +60,10 @@ def start_from(vla, run, embodiments):
         raise ValueError(f"init_from: the backbone of {run} does not fit: {', '.join(unfit[:3])}")
     counts = ", ".join(f"{PARTS[part]} {some} of {of}" for part, (some, of) in taken.items() if of)
     rest = f"; left as they were: {', '.join(left)}" if left else ""
-    return f"weights of {run}: {counts} tensors{rest}"
+    notes = []
+    if content["model"]["variant"] != vla.config.variant:
+        notes.append(f"a {content['model']['variant']}")
+    if targets and content.get("targets", targets) not in ([], targets):
+        notes.append("trained on other latent targets")
+    note = f" ({', '.join(notes)})" if notes else ""
+    return f"weights of {run}{note}: {counts} tensors{rest}"

@@ -55,7 +55,8 @@ def test_other_variant_takes_what_fits_and_names_the_rest(first, train_config, t
     for name, tensor in begun.items():
         taken = name.startswith(("backbone.", "head."))
         assert torch.equal(tensor, weights[name] if taken else plain[name]), name
-    assert "placeholders 0 of 1" in text and "left as they were: queries [8, 64] (there: [32, 64])" in text
+    assert f"weights of {first} (a la_direct): backbone" in text and "placeholders 0 of 1" in text
+    assert "left as they were: queries [8, 64] (there: [32, 64])" in text
 
 
 def test_backbone_must_fit_as_a_whole(first, train_config, tmp_path):
@@ -77,14 +78,18 @@ def test_backbone_must_fit_as_a_whole(first, train_config, tmp_path):
 
 
 def test_layers_of_another_robot_are_left_alone(first, train_config, tmp_path, capsys):
-    """The state's layer and the output layer belong to an embodiment; the rest of the head is taken."""
+    """The state's layer and the output layer belong to an embodiment; the rest of the head is taken. A latent head that
+    learned other codes is taken, too, and it is said."""
     other = shutil.copytree(first, tmp_path / "other")
     content = json.loads((other / "config.json").read_text())
     content["data"][0]["embodiment"] = "bridge"
+    content["targets"] = [{"fingerprint": "f00"}]
     (other / "config.json").write_text(json.dumps(content))
     capsys.readouterr()
     started(train_config(tmp_path / "run", variant="la_direct", init_from=str(other)))
-    left = re.search("left as they were: (.*)", capsys.readouterr().out)[1]
+    text = capsys.readouterr().out
+    left = re.search("left as they were: (.*)", text)[1]
+    assert f"weights of {other} (trained on other latent targets): backbone" in text and "latent head 2 of 2" in text
     assert re.findall(r"[\w.]+(?= \[)", left) == [
         f"head.{n}" for n in ("proprio.weight", "proprio.bias", "out.weight", "out.bias")
     ]
