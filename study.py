@@ -540,7 +540,9 @@ def main(config):
         for name, content in reused.items():
             write_json(config.out / "cells" / f"{name}.json", content)
         if reused:
-            print(f"{len(reused)} cells come from {', '.join(map(str, config.reuse))}")
+            commits = sorted({content["played"]["commit"] for content in reused.values()})
+            places = ", ".join(map(str, config.reuse))
+            print(f"{len(reused)} cells come from {places}, trained at {', '.join(commits)}")
     failed = {} if config.report_only else run_cells(config, cells)
     with locked(lock, wait=True):
         played = [read_played(config, cell) for cell in everything]

@@ -531,6 +531,7 @@ def test_cells_of_another_study_count(tmp_path, monkeypatch, capsys):
     assert study.main(replace(settings, dry_run=True)) == 0 and not (tmp_path / "new").exists()
     assert "2 of 4 cells to do: 12000 updates" in capsys.readouterr().out
     assert study.main(settings) == 0
+    assert f"2 cells come from {tmp_path / 'known'}, trained at abc\n" in capsys.readouterr().out
     names = ["baseline-32_placeholders-seed0", "la_tok-continuous-seed0"]
     assert [path.parent.name for path in pretended.trained[2:]] == names
     assert study.main(replace(settings, reuse=(), report_only=True)) == 0  # it is complete by itself
