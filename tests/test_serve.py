@@ -271,7 +271,9 @@ def test_vla_evals_own_clients(run, policy, sim, tmp_path):
             with pytest.raises(Exception, match="the message has no wrist, but"):
                 await connection.act({**seen(0), "images": {"agentview": seen(0)["images"]["agentview"]}})
             taken.append((await connection.act(seen(4)))["actions"])
-            taken.append((await connection.act({**seen(1), "episode_restart": True}))["actions"])
+            other = seen(1) | {"episode_restart": True}
+            other["joint_state"] = other.pop("states")  # RoboTwin's name
+            taken.append((await connection.act(other))["actions"])
             return wanted, taken
 
     wanted, taken = asyncio.run(session())
