@@ -49,8 +49,7 @@ def init_distributed(timeout=600, batch=None):
 
     The device is a GPU when there is one. On a CPU one thread is used unless OMP_NUM_THREADS says otherwise.
     timeout: seconds that a process waits for the others.
-    batch: samples that the processes share. On the CPUs of one machine, those without an equal share end, so that
-    torchrun's `auto` works with any number of cores.
+    batch: samples to share. On the CPUs of one machine processes without an equal share end: torchrun's `auto` works.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # or processes of a killed torchrun would meet those of the next one
@@ -65,7 +64,7 @@ def init_distributed(timeout=600, batch=None):
         torch.cuda.set_device(device)  # NCCL sends objects, as all_gather_object's, from the current device
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16, as the action head
     elif batch and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        started, world = world, max(number for number in range(1, world + 1) if batch % number == 0)
+        started, world = world, most_sharing(batch, world)
         if rank >= world:
             sys.exit()
         if world < started:
@@ -73,6 +72,11 @@ def init_distributed(timeout=600, batch=None):
     if world > 1:
         _join_group("nccl" if cuda else "gloo", rank, world, timedelta(seconds=timeout))
     return Ranks(rank, world, device)
+
+
+def most_sharing(batch, world):
+    """Return how many of `world` processes, at most, can share a batch equally."""
+    return max(number for number in range(1, world + 1) if batch % number == 0)
 
 
 def _join_group(backend, rank, world, timeout):

@@ -110,13 +110,21 @@ def locked(path, wait=False):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file = None
-        except OSError as error:
-            print(f"WARNING: {path} cannot be locked ({error}): let no two processes work on it at a time", flush=True)
-        yield file
+        yield file if lock(file, wait) else None
+
+
+def lock(file, wait=False):
+    """Lock an open file, and return whether this process has it; wait: as of `locked`.
+
+    Where the file system knows no locks, warn and return True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"WARNING: {file.name} cannot be locked ({error}): let no two processes work on it at a time", flush=True)
+    return True
 
 
 def check_new_folder(path):
@@ -161,6 +169,11 @@ def shell_command(*words, **options):
             values = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{flag}", *map(str, values)]
     return shlex.join(words)
+
+
+def option_names(text):
+    """Return the names of the options in a part of a command line, {"--max-steps", ...}."""
+    return {word.partition("=")[0].replace("_", "-") for word in shlex.split(text) if word.startswith("--")}
 
 
 def git_commit():

@@ -19,7 +19,7 @@ from torch import nn
 from backbone import prompt_ids
 from batches import ActionChunks, EpisodeSteps, Source
 from checkpoint import is_restarted, prepare_run, training_saves
-from common import print0
+from common import most_sharing, print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
 from files import check_new_folder, git_commit, read_json, resolve_folder, to_json, write_json
@@ -156,7 +156,7 @@ def check_config(config, world):
         raise ValueError(f"ema is {config.ema}; it must be below 1: the average would never move")
     share, rest = divmod(config.global_batch_size, world)
     if rest:
-        most = max(number for number in range(1, world) if config.global_batch_size % number == 0)
+        most = most_sharing(config.global_batch_size, world)
         raise ValueError(
             f"global_batch_size is {config.global_batch_size}; it must be a multiple of the {world} processes. "
             f"Start {most} instead: torchrun --nproc-per-node {most}"

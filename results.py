@@ -5,7 +5,6 @@ One line of a result file (JSONL) is one trial; a summary (JSON) counts successe
 exact test. `python eval.py --compare RUN ...` prints comparisons.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from files import check_writable, git_commit, make_folder, shell_command, write_text
+from files import check_writable, git_commit, lock, make_folder, shell_command, write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -91,12 +90,8 @@ class Results:
         make_folder(path.parent, "--out")
         self.path = path
         self.file = open(path, "a", buffering=1)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another evaluation is writing {path}; wait for it, or choose another --out") from None
-        except OSError as error:  # the file system knows no locks
-            print(f"WARNING: {path} cannot be locked ({error}): let no two evaluations write it at a time")
+        if not lock(self.file):
+            raise RuntimeError(f"another evaluation is writing {path}; wait for it, or choose another --out")
         if os.fstat(self.file.fileno()).st_ino != path.stat().st_ino:
             raise RuntimeError(f"another evaluation has just finished {path}; start again")
         versions = versions | {"torch": torch.__version__}
@@ -123,7 +118,8 @@ def check_same_settings(path, trial, shared):
     """Raise ValueError when a trial was played with settings or versions that differ from the shared ones."""
     stored, current = ({**record["settings"], **record["versions"]} for record in (trial, shared))
     names = [name for name in stored | current if stored.get(name) != current.get(name)]
-    if names := [name for name in names if name != "text_length"]:  # of a call's prompts; it changes rounding
+    names = [name for name in names if name != "text_length"]  # of a call's prompts; it changes rounding
+    if names:
         differences = "; ".join(f"{name} was {stored.get(name)}, is {current.get(name)}" for name in names)
         raise ValueError(f"{path} has other results ({differences}): choose another --out, or delete it")
 

@@ -312,8 +312,9 @@ class VlaEval:
             if not isinstance(images, dict):
                 raise ValueError(f"the observation has no map of images, but {', '.join(map(str, payload))}")
             policy = self.batcher.policy
-            state = "joint_state" if "joint_state" in payload else "states"  # as RoboTwin calls it
-            state = state if policy.state else "task_description"
+            state = "task_description"
+            if policy.state:
+                state = "joint_state" if "joint_state" in payload else "states"  # the former is RoboTwin's name
             observation = pick(images | payload, policy.cameras, self.names, state, "task_description")
             self.execution.add(await self.batcher.ask(observation))
         return self.execution.next()

@@ -29,7 +29,7 @@ from typing import Literal
 import tyro
 
 from data import open_index
-from files import locked, make_folder, read_json, saved_step, write_json
+from files import locked, make_folder, option_names, read_json, saved_step, write_json
 from presets import CONTROL_FLAGS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
@@ -485,7 +485,7 @@ def check_config(config):
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
     if config.preset == "long" and config.data == (DATA,):
         raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
-    labels = set(shlex.split(config.train.replace("=", " "))) & {"--labels"}
+    labels = "--labels" in option_names(config.train)
     if config.preset == "fewshot":
         episodes, instructions = training_demonstrations(config)
         if round(episodes / instructions) <= 5:
@@ -504,8 +504,7 @@ def check_config(config):
         own |= {word for stage in cell.stages for word in stage if word.startswith("--")}
     playing = {"--trials", "--out", "--shard", *(flags[0] for flags in CONTROL_FLAGS.values())}
     for name, taken in (("train", own), ("evaluate", playing)):
-        words = {word.partition("=")[0].replace("_", "-") for word in shlex.split(getattr(config, name))}
-        if both := words & taken:
+        if both := option_names(getattr(config, name)) & taken:
             raise ValueError(f"{name} has {', '.join(sorted(both))}, which the cells set themselves; see --help")
 
 

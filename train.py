@@ -215,8 +215,7 @@ def validate(vla, dataset, held_out, ranks, batch_size=32, samples=256):
     training.
     """
     stride = max(1, sum(len(steps) for _, steps in held_out) // samples)
-    places = []
-    before = 0  # steps of the sources before
+    places, before = [], 0  # before: steps of the sources before
     for number, steps in held_out:
         places += [(number, steps[k]) for k in range(-before % stride, len(steps), stride)]
         before += len(steps)

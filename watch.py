@@ -23,7 +23,7 @@ from tqdm import tqdm
 import eval as evaluation
 from common import die_with_parent
 from curves import read_log
-from files import atomic_file, read_json, saved_step
+from files import atomic_file, option_names, read_json, saved_step
 from results import format_rate, wilson
 
 FIRST_SEED = 1000  # of the trials; `python eval.py RUN` plays others, for which no weights were chosen
@@ -44,8 +44,7 @@ def check_evaluation(config):
             f"eval_every is {config.eval_every}; it must be a multiple of save_every, {config.save_every}, for what is "
             "evaluated is what was saved"
         )
-    given = {word.partition("=")[0] for word in shlex.split(config.eval_flags)}
-    if taken := given & {"--trials", "--out", "--shard"}:
+    if taken := option_names(config.eval_flags) & {"--trials", "--out", "--shard"}:
         raise ValueError(f"eval_flags has {', '.join(sorted(taken))}, which train.py sets itself: see --eval-trials")
     if config.eval_every:
         evaluation.check(tyro.cli(evaluation.Config, args=command_line(config, "RUN", "eval.jsonl")))

@@ -112,10 +112,6 @@ class MadeIndex(Index):
         """Return the folder."""
         return self.directory
 
-    def storage_options(self, path):
-        """Return how PNGs are stored."""
-        return {"format": "PNG"}
-
 
 def made_index(folder, columns=(), texts=(), pictures=(), lengths=(30, 30), **more_features):
     """Return a `MadeIndex` of columns {path: [S, ...]}, texts {path: one or a list of S} and pictures {path: array}."""

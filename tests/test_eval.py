@@ -659,7 +659,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
     with files.locked(tmp_path / "lock"), files.locked(tmp_path / "lock") as second:
         assert second is None
-    monkeypatch.setattr(results.fcntl, "flock", unknown)
+    monkeypatch.setattr(files.fcntl, "flock", unknown)
     open_results(tmp_path / "eval.jsonl").add(record(0, True))
     with files.locked(tmp_path / "lock") as file:
         assert file is not None
