@@ -13,6 +13,7 @@ Axes: S training seeds, N starts.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 
@@ -407,84 +408,119 @@ def format_controls(results, controls):
     return markdown_table(["the first seed's run with", *controls], rows)
 
 
+def kind_of(group, preset):
+    """Return what tells a group from the others of its panel, but for `preset.x`, as text."""
+    return ", ".join(str(value) for part, value in group.items() if part not in (preset.panels, preset.x)) or "all"
+
+
+def arrange(results, preset):
+    """Return {title: results} of a chart's panels: one for each value of the part `preset.panels`."""
+    panels = {}
+    for result in results:
+        panels.setdefault(result["group"].get(preset.panels, ""), []).append(result)
+    if preset.panels == "rest":  # what trains on the labelled alone is shown everywhere, for comparison
+        alone = [result for result in panels.get("dropped", []) if result["group"]["variant"].startswith("baseline")]
+        panels = {rest: inside if rest == "dropped" else alone + inside for rest, inside in panels.items()}
+    return {f"{preset.panels}: {panel}" if preset.panels else "": inside for panel, inside in panels.items()}
+
+
 def draw_success(results, preset, path):
-    """Draw success with bands: against the preset's x, one line for each variant, or as bars; a panel for each kind."""
+    """Draw success with bands: against the preset's x, one line for each kind of policy, or as bars; in panels."""
     from matplotlib.figure import Figure  # slow to import
 
     shown = [result for result in results if "success" in result]
-    variants = list(dict.fromkeys(result["group"]["variant"] for result in shown))
-    panels = list(dict.fromkeys(result["group"].get(preset.panels, "") for result in shown)) or [""]
-    figure = Figure(figsize=(4.2 * len(panels) + 0.6, 3.8), layout="tight")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-    for axis, panel in zip(axes[0], panels):
-        inside = [result for result in shown if result["group"].get(preset.panels, "") == panel]
-        if preset.panels == "rest" and panel != "dropped":  # what trains on the labelled alone, for comparison
-            alone = [result for result in shown if result["group"]["rest"] == "dropped"]
-            inside += [result for result in alone if result["group"]["variant"].startswith("baseline")]
-        axis.set_title(f"{preset.panels}: {panel}" if preset.panels else "", fontsize=10)
+    panels = arrange(shown, preset)
+    kinds = list(dict.fromkeys(kind_of(result["group"], preset) for result in shown))
+    widths = [1 if preset.x else len(inside) + 0.5 for inside in panels.values()]
+    width = 4.2 * len(panels) if preset.x else max(0.8 * sum(widths), 4.2)
+    figure = Figure(figsize=(width + 0.6, 3.8), layout="tight")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)
+    for axis, (title, inside) in zip(axes[0], panels.items()):
+        axis.set_title(title, fontsize=10)
         if preset.x:
-            draw_lines(axis, inside, preset.x, variants)
+            draw_lines(axis, inside, preset, kinds)
         else:
-            draw_bars(axis, inside, preset.panels)
+            draw_bars(axis, inside, preset)
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("success")
     figure.savefig(path, dpi=110)
 
 
-def draw_lines(axis, results, x, variants):
-    """Draw one line with a band for each variant, in its colour among all `variants`."""
-    for number, variant in enumerate(variants):
-        own = sorted((r for r in results if r["group"]["variant"] == variant), key=lambda r: r["group"][x])
+def draw_lines(axis, results, preset, kinds):
+    """Draw one line with a band for each kind of policy, in its colour among all `kinds`."""
+    for number, kind in enumerate(kinds):
+        own = [result for result in results if kind_of(result["group"], preset) == kind]
         if not own:
             continue
-        places = [result["group"][x] * 1.015**number for result in own]  # not on top of each other
+        places = [result["group"][preset.x] * 1.015**number for result in own]  # not on top of each other
         rates = np.array([result["success"] for result in own])
         ends = np.array([result["ci95"] for result in own])
         colour = f"C{number}"
-        axis.errorbar(places, rates, np.abs(ends - rates[:, None]).T, fmt="o-", color=colour, capsize=3, label=variant)
+        axis.errorbar(places, rates, np.abs(ends - rates[:, None]).T, fmt="o-", color=colour, capsize=3, label=kind)
         axis.fill_between(places, *ends.T, color=colour, alpha=0.12)
         single = [len(result["by_seed"]) == 1 for result in own]
         axis.plot(np.array(places)[single], rates[single], "o", color=colour, markerfacecolor="white", zorder=3)
     axis.set_xscale("log")
-    places = sorted({result["group"][x] for result in results})
+    places = sorted({result["group"][preset.x] for result in results})
     axis.set_xlim(places[0] / 1.2, places[-1] * 1.4)
     axis.set_xticks(places, map(str, places), minor=False)
     axis.minorticks_off()
-    axis.set_xlabel(f"{x} demonstrations an instruction")
+    axis.set_xlabel(f"{preset.x} demonstrations an instruction")
     axis.legend(fontsize=8)
 
 
-def draw_bars(axis, results, left_out):
+def draw_bars(axis, results, preset):
     """Draw one bar with its interval for each group."""
-    names = [", ".join(str(v) for k, v in result["group"].items() if k != left_out) or "all" for result in results]
+    names = [kind_of(result["group"], preset) for result in results]
     rates = np.array([result["success"] for result in results])
     ends = np.array([result["ci95"] for result in results]).reshape(-1, 2)
     colours = ["white" if len(result["by_seed"]) == 1 else "C0" for result in results]
     axis.bar(range(len(names)), rates, color=colours, edgecolor="C0", alpha=0.7)
     axis.errorbar(range(len(names)), rates, np.abs(ends - rates[:, None]).T, fmt="none", ecolor="black", capsize=3)
+    axis.set_xlim(-0.75, len(names) - 0.25)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
 
 
-def draw_curves(entries, path):
-    """Draw the action loss of each group in training, the mean of its seeds; flat at the end means enough steps."""
+def draw_curves(results, entries, preset, path):
+    """Draw the action loss of each group in training, the mean of its seeds; flat at the end means enough steps.
+
+    Panels and colours are those of `draw_success`; dashes tell the values of the preset's x.
+    """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(7, 4), layout="tight")
-    axis = figure.subplots()
-    for number, (name, entry) in enumerate(entries.items()):
-        curves = [cell.losses for cell in entry["cells"] if cell.losses]
-        if not curves:
-            continue
-        shortest = min(map(len, curves))
-        mean = np.mean([losses[:shortest] for losses in curves], 0)
-        style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3]}
-        axis.plot(np.arange(shortest) * SMOOTH, mean, label=name, **style)
-    axis.set(xlabel="updates", ylabel=f"action loss, mean of {SMOOTH} updates", yscale="log")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize=6, ncols=2)
+    losses = {name: [cell.losses for cell in entry["cells"] if cell.losses] for name, entry in entries.items()}
+    shown = [result for result in results if losses[result["name"]]]
+    panels = arrange(shown, preset) or {"": []}
+    kinds = dict.fromkeys(kind_of(result["group"], preset) for result in shown)
+    levels = dict.fromkeys(result["group"].get(preset.x) for result in shown)
+    colours = dict(zip(kinds, cycle(f"C{number}" for number in range(10))))
+    dashes = dict(zip(levels, cycle(("-", "--", ":"))))
+    figure = Figure(figsize=(max(3.6 * len(panels), 5.4) + 0.6, 3.8), layout="tight")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axis, (title, inside) in zip(axes[0], panels.items()):
+        axis.set_title(title, fontsize=10)
+        draw_losses(axis, inside, losses, preset, colours, dashes)
+    axes[0][0].set_ylabel(f"action loss, mean of {SMOOTH} updates")
     figure.savefig(path, dpi=110)
+
+
+def draw_losses(axis, results, losses, preset, colours, dashes):
+    """Draw the mean of each group's `losses`: a colour for each kind of policy, dashes for each value of preset.x."""
+    for result in results:
+        curves = losses[result["name"]]
+        shortest = min(map(len, curves))
+        mean = np.mean([curve[:shortest] for curve in curves], 0)
+        style = {"color": colours[kind_of(result["group"], preset)], "ls": dashes[result["group"].get(preset.x)]}
+        axis.plot(np.arange(shortest) * SMOOTH, mean, **style)
+    for kind in dict.fromkeys(kind_of(result["group"], preset) for result in results):
+        axis.plot([], [], color=colours[kind], label=kind)
+    for level in dict.fromkeys(result["group"][preset.x] for result in results if preset.x):
+        axis.plot([], [], color="black", ls=dashes[level], label=f"{level} {preset.x}")
+    if results:
+        axis.legend(fontsize=7)
+    axis.set(xlabel="updates", yscale="log")
+    axis.grid(alpha=0.3)
 
 
 def write_report(out, preset, cells, setting):
@@ -494,7 +530,11 @@ def write_report(out, preset, cells, setting):
     """
     check_data(cells)
     entries = group_cells(cells)
-    results = sorted(analyse(entries, preset), key=lambda result: result["group"].get(preset.x, 0))
+    panels = list(dict.fromkeys(cell.group.get(preset.panels) for cell in cells))
+    results = analyse(entries, preset)
+    results.sort(
+        key=lambda result: (result["group"].get(preset.x, 0), panels.index(result["group"].get(preset.panels)))
+    )
     parts = list(dict.fromkeys(part for result in results for part in result["group"]))
     missing = sum(len(result["missing"]) for result in results)
     errors = sum(result["errors"] for result in results)
@@ -513,7 +553,7 @@ def write_report(out, preset, cells, setting):
     lines += [f"Failed: {name}: {fault}" for name, fault in faults.items()]
     if any("success" in result for result in results):
         draw_success(results, preset, out / "success.png")
-        draw_curves(entries, out / "curves.png")
+        draw_curves(results, entries, preset, out / "curves.png")
         lines += ["![success](success.png)", "", "![action loss](curves.png)", ""]
     lines += provenance([cell for cell in cells if cell.trials])
     write_json(out / "results.json", {"setting": setting, "results": results, "missing": missing, "failed": faults})

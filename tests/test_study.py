@@ -413,6 +413,34 @@ def test_report_by_hand(cells, tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("success.png", "curves.png"))
 
 
+def test_charts_and_table_are_in_the_order_of_the_preset(cells, tmp_path):
+    """Fewest labels first, then as the preset lists panels and variants; the baselines are in all panels."""
+    preset = study.PRESETS["fewshot"]
+    played = []
+    for rest, variant, labelled in (
+        ("first", "la_align", 5),  # cells of one chain come together
+        ("first", "la_align", 2),
+        ("dropped", "baseline", 5),
+        ("dropped", "la_align", 5),
+        ("dropped", "baseline", 2),
+    ):
+        group = {"variant": variant, "rest": rest, "labelled": labelled}
+        played.append(report.Played(group, 0, cells[0].trials, losses=[0.5, 0.4], data=[]))
+    order = [played[2], *played[:2], *played[3:]]
+    report.write_report(tmp_path, preset, order, "somewhere")
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    names = ["baseline, dropped, 2", "la_align, first, 2"]
+    names += ["baseline, dropped, 5", "la_align, dropped, 5", "la_align, first, 5"]
+    assert [result["name"] for result in results] == names
+    panels = {title: [result["name"] for result in inside] for title, inside in report.arrange(results, preset).items()}
+    assert panels == {
+        "rest: dropped": [names[0], names[2], names[3]],
+        "rest: first": [names[0], names[2], names[1], names[4]],
+    }
+    assert report.kind_of(results[1]["group"], preset) == "la_align"
+    assert report.kind_of({"variant": "la_tok"}, study.PRESETS["variants"]) == "la_tok"
+
+
 def test_comparisons_of_a_level_are_a_family():
     """Holm's correction counts the comparisons of a column with the same number of labels; what is not among the
     compared groups has none."""
