@@ -35,6 +35,7 @@ class Preset:
     panels: str = ""  # the part of a group that gets a chart of its own
     compare: tuple = ()  # of `Comparison`
     controls: tuple = ()  # what the runs of the first seed are denied
+    keeps: int = 0  # the most demonstrations of an instruction that keep their actions where others lose them
     evaluate: str = ""  # options of eval.py, unless the config has some
     notes: str = ""  # what a reader of the report must know
 
@@ -74,8 +75,7 @@ def fewshot_cells(config, steps):
                 options = ["--variant", variant, *chosen]
                 stages = [[*options, "--max-steps", steps]]
                 if rest == "joint":
-                    share = labelled * instructions / (episodes - labelled * instructions)
-                    stages[0] += ["--rest", "video", "--rest-weight", round(share, 4)]
+                    stages[0] += video_options(labelled * instructions, episodes, 0.5)
                 elif rest == "first":
                     video = ["--variant", variant, "--data-fraction", 0, "--rest", "video"]
                     stages = [[*part, "--max-steps", steps // 2] for part in (video, options)]
@@ -83,6 +83,39 @@ def fewshot_cells(config, steps):
                 if variant == "baseline" and labelled != "all":
                     group = {"variant": "baseline, half as long", "rest": rest, "labelled": number}
                     cells.append((group, [[*options, "--max-steps", steps // 2]]))
+    return cells
+
+
+def video_options(labelled, episodes, share):
+    """Return the options of train.py that make `share` of each batch video, on average.
+
+    labelled: number of episodes that keep their actions; episodes: of all, of which the others are the video.
+    """
+    weight = share / (1 - share) * labelled / (episodes - labelled)
+    return ["--rest", "video", "--rest-weight", round(weight, 4)]
+
+
+def video_cells(config, steps):
+    """Return cells with 2 demonstrations of each instruction labelled, which change one thing about joint training with
+    the others as video. Those without video, and with half of each batch, are cells of `fewshot`, too."""
+    episodes, instructions = training_demonstrations(config)
+    labelled = ["--episodes", 2, "--max-steps", steps]
+    cells = []
+    for variant in variants_of(config, ("baseline", *IMAGE)):
+        changes = {"no video": []}
+        if variant != "baseline":
+            half = video_options(2 * instructions, episodes, 0.5)
+            weight = 0.1 if variant == "la_align" else 1.0  # a tenth, or ten times, of the default
+            changes |= {
+                "half": half,
+                "a quarter": video_options(2 * instructions, episodes, 0.25),
+                "three quarters": video_options(2 * instructions, episodes, 0.75),
+                f"half, lambda {weight:g}": [*half, "--latent-weight", weight],
+            }
+        cells += [
+            ({"variant": variant, "video": video}, [["--variant", variant, *labelled, *options]])
+            for video, options in changes.items()
+        ]
     return cells
 
 
@@ -159,6 +192,7 @@ PRESETS = {
             Comparison({"rest": "dropped"}),
         ),
         evaluate=OTHER_STARTS,
+        keeps=5,
         notes="Video keeps its instructions, episodes, cameras and states, and loses its actions. Cells with it train "
         "on as many labelled samples as the baseline half as long (joint: in twice as many updates), the others on "
         "twice as many. The codes of la_tok come from a tokenizer of all actions; statistics of all episodes normalise "
@@ -171,6 +205,18 @@ PRESETS = {
         ablation_cells,
         panels="variant",
         compare=(Comparison({"change": "as is"}),),
+    ),
+    "video": Preset(
+        "How much video beside 2 demonstrations an instruction with actions, and how much weight on its labels?",
+        6000,
+        20,
+        video_cells,
+        panels="variant",
+        compare=(Comparison({"variant": "baseline", "video": "no video"}), Comparison({"video": "half"})),
+        evaluate=OTHER_STARTS,
+        keeps=2,
+        notes="All cells take the same number of updates: the more video, the fewer labelled samples. Statistics of "
+        "all episodes normalise actions and states; one latent model labels for all seeds.",
     ),
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",

@@ -486,18 +486,19 @@ def check_config(config):
     if config.preset == "long" and config.data == (DATA,):
         raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
     labels = "--labels" in option_names(config.train)
-    if config.preset == "fewshot":
+    keeps = PRESETS[config.preset].keeps
+    if keeps:
         episodes, instructions = training_demonstrations(config)
-        if round(episodes / instructions) <= 5:
+        if round(episodes / instructions) <= keeps:
             raise ValueError(
-                f"data has {episodes} training episodes of {instructions} instructions; fewshot keeps the actions of 2 "
-                "and of 5 of each, so it takes more"
+                f"data has {episodes} training episodes of {instructions} instructions; {config.preset} keeps the "
+                f"actions of {keeps} of each, so it takes more"
             )
-    if config.preset == "fewshot" and variants_of(config, IMAGE) and not labels:
+    if keeps and variants_of(config, IMAGE) and not labels:
         raise ValueError(
-            "fewshot takes actions away, and labels of a latent model that learned from them give them back: name "
-            f'labels that were made without, --train="--labels {DATA}/labels_wrist_without_actions.safetensors" for '
-            "the embedded data; docs/latent_actions.md says how to make them for other data"
+            f"{config.preset} takes actions away, and labels of a latent model that learned from them give them back. "
+            f'Name labels made without: --train="--labels {DATA}/labels_wrist_without_actions.safetensors" for the '
+            "embedded data; docs/latent_actions.md says how to make them for other data"
         )
     own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
     for cell in make_cells(replace(config, train="", shard="", cells=())):

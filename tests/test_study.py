@@ -25,6 +25,7 @@ import study
 import train
 from common import Ranks
 from files import locate_tensors, save_tensors
+from model import VARIANTS
 
 SHIPPED = study.DATA / "labels.safetensors"
 
@@ -222,7 +223,8 @@ def test_settings_that_make_cells_something_else_are_refused(tmp_path):
         (r"seeds are .0, 0.; give some, each once", {"seeds": (0, 0)}),
         ("jobs is 0", {"jobs": 0}),
         ("data is data/libero_tiny, whose tasks are short", {"preset": "long"}),
-        ("labels of a latent model that learned from them", {"preset": "fewshot", "variants": ("la_cond",)}),
+        ("fewshot takes actions away, and labels of a", {"preset": "fewshot", "variants": ("la_cond",)}),
+        ("video takes actions away, and labels of a", {"preset": "video"}),
     ):
         with pytest.raises(ValueError, match=expected):
             study.main(config(tmp_path, **changes))
@@ -259,6 +261,28 @@ def test_video_first_is_two_commands(tmp_path):
         parts = study.make_cells(config(tmp_path, "fewshot", seeds=(3,), steps=7, shard=part))
         names = {cell.name for cell in parts}
         assert all((f"{v}-first-2-seed3" in names) == (f"{v}-first-5-seed3" in names) for v in study.LATENT)
+
+
+def test_shares_of_video(tmp_path):
+    """The weight of video makes it the share of a batch that the cell's name says; half of it, and none, are cells of
+    `fewshot`; each variant's lambda is another than its own."""
+    episodes, instructions = study.training_demonstrations(config(tmp_path))
+    changes = {"seeds": (4,), "train": "--labels FILE"}
+    cells = {cell.name: cell for cell in study.make_cells(config(tmp_path, "video", **changes))}
+    for name, share in (("a_quarter", 0.25), ("half", 0.5), ("three_quarters", 0.75)):
+        (options,) = cells[f"la_cond-{name}-seed4"].stages
+        video = float(options[options.index("--rest-weight") + 1]) * (episodes - 2 * instructions)
+        assert video / (video + 2 * instructions) == pytest.approx(share, rel=1e-3)
+    twins = {"half": "joint", "no_video": "dropped"}
+    fewshot = {cell.name: cell for cell in study.make_cells(config(tmp_path, "fewshot", **changes))}
+    for variant in ("la_align", "la_direct", "la_cond"):
+        for ours, theirs in twins.items():
+            assert cells[f"{variant}-{ours}-seed4"].stages == fewshot[f"{variant}-{theirs}-2-seed4"].stages
+        (changed,) = [name for name in cells if name.startswith(f"{variant}-half_lambda")]
+        (options,) = cells[changed].stages
+        default = VARIANTS[variant].weight
+        assert float(options[options.index("--latent-weight") + 1]) in (0.1 * default, 10 * default)
+    assert len(cells) == 16
 
 
 def test_printed_study():
