@@ -38,7 +38,7 @@ from card import attempt, update_card
 from common import init_distributed
 from data import open_dataset
 from execution import Execution
-from files import file_hash, read_json, write_json
+from files import at_least, file_hash, read_json, write_json
 from index import CACHE
 from normalise import Normaliser, statistics_hash, to_robosuite
 from policy import Policy, find_run
@@ -527,10 +527,7 @@ def replay(config):
 def check(config):
     """Raise ValueError for values that cannot work and for options that would be ignored."""
     least = {"trials": 1, "policy_batch": 1, "envs": 0, "seed": 0, "widen": 0, "max_steps": 0, "watchdog": 1}
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise ValueError(f"{name} is {value}; it must be at least {low}")
+    at_least(config, least)
     if config.simulator not in SIMULATORS:
         raise ValueError(f"simulator is '{config.simulator}'; choose one of {', '.join(SIMULATORS)}")
     if config.mute and config.swap_instruction:

@@ -171,6 +171,17 @@ def shell_command(*words, **options):
     return shlex.join(words)
 
 
+def at_least(config, least):
+    """Raise ValueError naming the setting of `config` that is below its `least` value, {name: value}, or no number.
+
+    None, a setting that was not given, passes, and so does a setting that `config` has not.
+    """
+    for name, low in least.items():
+        value = getattr(config, name, None)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name} is {value}; it must be at least {low}")
+
+
 def option_names(text):
     """Return the names of the options in a part of a command line, {"--max-steps", ...}."""
     return {word.partition("=")[0].replace("_", "-") for word in shlex.split(text) if word.startswith("--")}

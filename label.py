@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import all_sum, init_distributed, shutdown_distributed, worker_options
 from data import open_dataset
-from files import check_writable, make_folder, map_tensors, save_tensors, shell_command
+from files import at_least, check_writable, make_folder, map_tensors, save_tensors, shell_command
 from index import CACHE, changed_cache
 from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
@@ -133,9 +133,7 @@ def main(config, ranks):
     Raise FileExistsError rather than replace a file, PermissionError when it cannot be written, and ValueError when
     the model does not fit the data.
     """
-    for name, low in (("batch_size", 1), ("num_workers", 0)):
-        if getattr(config, name) < low:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    at_least(config, {"batch_size": 1, "num_workers": 0})
     dataset = open_dataset(config.data, config.cache, config.spec)
     out = config.out or dataset.cache / "labels.safetensors"
     if all_sum(torch.tensor(int(out.exists()), device=ranks.device)):  # asked by all before the first writes it

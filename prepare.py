@@ -22,7 +22,7 @@ from checkpoint import is_restarted, prepare_run, training_saves
 from common import most_sharing, print0
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, read_json, resolve_folder, to_json, write_json
+from files import at_least, check_new_folder, git_commit, read_json, resolve_folder, to_json, write_json
 from index import split_episodes
 from inspection import describe_reading
 from lora import base_hash
@@ -134,17 +134,15 @@ def print_reading(dataset):
         )
 
 
-AT_LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)
-AT_LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha eval_trials".split(), 1)
-AT_LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length eval_every".split(), 0)
-AT_LEAST |= dict.fromkeys("per_device_batch_size head_width align_layer weight_decay max_grad_norm".split(), 0)
+LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)
+LEAST |= dict.fromkeys("lr_decay_every keep max_skipped timeout lora_rank lora_alpha eval_trials".split(), 1)
+LEAST |= dict.fromkeys("chunk episodes rest_weight epochs seed delta image_size text_length eval_every".split(), 0)
+LEAST |= dict.fromkeys("per_device_batch_size head_width align_layer weight_decay max_grad_norm".split(), 0)
 
 
 def check_config(config, world):
     """Raise ValueError naming the field and the value of what cannot work, before anything is loaded."""
-    for name, low in AT_LEAST.items():
-        if not getattr(config, name) >= low:  # nor not a number
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    at_least(config, LEAST)
     if not config.learning_rate > 0:
         raise ValueError(f"learning_rate is {config.learning_rate}; it must be positive")
     for name in ("data_fraction", "warmup_ratio"):

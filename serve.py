@@ -31,6 +31,7 @@ from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed
 
 from execution import Execution
+from files import at_least
 from policy import GRIPPERS, Policy
 
 KINDS = "biuf"  # of numpy arrays in messages: numbers
@@ -82,8 +83,7 @@ class Config:
 
 def check_config(config):
     """Raise ValueError naming the setting and the value of what cannot work, before anything is loaded."""
-    if config.batch < 1 or config.max_clients < 1:
-        raise ValueError(f"batch is {config.batch} and max_clients {config.max_clients}; both must be at least 1")
+    at_least(config, {"batch": 1, "max_clients": 1})
     if config.protocol == "openpi" and (config.execute or config.average_chunks):
         raise ValueError("execute and average_chunks have no effect with openpi, whose clients get whole chunks")
 

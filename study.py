@@ -29,7 +29,7 @@ from typing import Literal
 import tyro
 
 from data import open_index
-from files import locked, make_folder, option_names, read_json, saved_step, write_json
+from files import at_least, locked, make_folder, option_names, read_json, saved_step, write_json
 from presets import CONTROL_FLAGS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
@@ -481,8 +481,7 @@ def check_config(config):
         raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are baseline, {', '.join(LATENT)}")
     if len(set(config.seeds)) < len(config.seeds) or not config.seeds:
         raise ValueError(f"seeds are {list(config.seeds)}; give some, each once")
-    if config.jobs < 1:
-        raise ValueError(f"jobs is {config.jobs}; it must be at least 1")
+    at_least(config, {"jobs": 1, "steps": 0, "trials": 0})
     if config.preset == "long" and config.data == (DATA,):
         raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
     labels = "--labels" in option_names(config.train)

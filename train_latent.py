@@ -55,7 +55,7 @@ from common import (
 )
 from data import check_embodiments, choose_chunk, open_datasets
 from dataspec import to_dict
-from files import check_new_folder, git_commit, read_json, resolve_folder, shell_command, to_json, write_json
+from files import at_least, check_new_folder, git_commit, read_json, resolve_folder, shell_command, to_json, write_json
 from index import CACHE, changed_cache, later_steps, split_episodes
 from latent import (
     KMEANS_CHUNKS,
@@ -343,9 +343,7 @@ def check(config, world):
     names += "heads patience save_every keep timeout"
     least = {name: 1 for name in names.split()} | {"chunk": 0, "seed": 0, "num_workers": 0}
     least["max_steps"] = 0 if getattr(config, "init_from", None) else 1
-    for name, value in least.items():
-        if getattr(config, name, value) < value:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {value}")
+    at_least(config, least)
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
     if not config.learning_rate > 0:

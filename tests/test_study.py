@@ -222,6 +222,7 @@ def test_settings_that_make_cells_something_else_are_refused(tmp_path):
         ("variants has la_typo", {"variants": ("la_typo",)}),
         (r"seeds are .0, 0.; give some, each once", {"seeds": (0, 0)}),
         ("jobs is 0", {"jobs": 0}),
+        ("steps is -1; it must be at least 0", {"steps": -1}),
         ("data is data/libero_tiny, whose tasks are short", {"preset": "long"}),
         ("fewshot takes actions away, and labels of a", {"preset": "fewshot", "variants": ("la_cond",)}),
         ("video takes actions away, and labels of a", {"preset": "video"}),
