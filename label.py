@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import all_sum, init_distributed, shutdown_distributed, worker_options
 from data import open_dataset
-from files import at_least, check_writable, make_folder, map_tensors, save_tensors, shell_command
+from files import at_least, check_writable, make_folder, map_tensors, read_json, save_tensors, shell_command
 from index import CACHE, changed_cache
 from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
@@ -152,6 +152,7 @@ def main(config, ranks):
         "lam": fingerprint(config.lam),
         "delta": str(model.sizes.delta),
         "num_codes": str(model.num_codes),
+        "saw_actions": saw_actions(config.lam),
     }
     starts = range(0, dataset.num_episodes, EPISODES_PER_PART)
     groups = [range(start, min(start + EPISODES_PER_PART, dataset.num_episodes)) for start in starts]
@@ -166,6 +167,24 @@ def main(config, ranks):
         words = ("torchrun", "--standalone", "train.py")
         places = {"data": config.data, "spec": config.spec, "labels": out, "cache": changed_cache(config)}
         print(f"Next: {shell_command(*words, variant='la_align', **places)}")
+
+
+def saw_actions(run):
+    """Return "yes" where a latent action model, or one that it started from, learned from actions, else "no".
+
+    "unknown" where that one is gone.
+    """
+    saved = read_json(Path(run) / "config.json")
+    training = saved["training"]
+    if training["stage"] == 1:  # which has no action head, nor has what it can start from
+        return "no"
+    learned = training["action_fraction"] and training["max_steps"]
+    if learned and any(entry["spec"].get("action") for entry in saved["data"]):
+        return "yes"
+    source = training["init_from"]
+    if not source or Path(source).is_file():  # of UniVLA, which learns from images and text
+        return "no"
+    return saw_actions(source) if (Path(source) / "config.json").exists() else "unknown"
 
 
 def part_path(folder, group):

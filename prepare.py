@@ -67,11 +67,13 @@ def prepare(config, ranks, free_to_change):
         print_reading(dataset)
     cameras = [choose_cameras(config, dataset) for dataset in datasets]
     chunk = choose_chunk(config.chunk, datasets)
-    splits = [split_episodes(dataset, config.val_fraction, config.seed) for dataset in datasets]
+    shares = [config.val_fraction if dataset.action_size else 0 for dataset in datasets]  # video has no error to log
+    splits = [split_episodes(dataset, share, config.seed) for dataset, share in zip(datasets, shares)]
     if config.instructions:
         splits = choose_instructions(config.instructions, datasets, splits)
     sources = make_sources(config, datasets, [training for training, _ in splits])
     labels, tokenizer = load_targets(VARIANTS[config.variant], config, datasets, chunk)
+    warn_of_known_actions(config, datasets, labels, tokenizer)
     dataset = ActionChunks(datasets, cameras, chunk, config.seed, labels, sources)
     for source, name, count in zip(dataset.sources, dataset.source_names, dataset.counts):
         if source.weight and not count:
@@ -85,8 +87,6 @@ def prepare(config, ranks, free_to_change):
         vla.backbone.tokenise(each.instructions())  # raises, before a folder is made, when one is too long
     before = settings_to_resume(run, config.resume, "train")
     targets = [{"fingerprint": part.fingerprint} for part in labels or [tokenizer] if part]
-    if config.init_from and not before:
-        print0(start_from(vla, config.init_from, [each.spec.embodiment for each in datasets], targets))
     description = {
         "train": to_json(config),
         "model": asdict(vla.config),
@@ -100,6 +100,8 @@ def prepare(config, ranks, free_to_change):
         "commit": git_commit(),
         "torch": torch.__version__,
     }
+    if config.init_from and not before:
+        print0(start_from(vla, config.init_from, description))
     if before:
         check_length(run, count_steps(before, dataset), steps, config.lr_scheduler, config.warmup_ratio)
         if config.backbone not in SIZES and read_json(run / "config.json").get("base_hash") == description["base_hash"]:
@@ -132,6 +134,21 @@ def print_reading(dataset):
             f"WARNING: {dataset.name}: dimension {number} of the action is normalised by its smallest and largest "
             f"value, {low:g} and {high:g}, as 98 % of its values lie from {q01:g} to {q99:g}"
         )
+
+
+def warn_of_known_actions(config, datasets, labels, tokenizer):
+    """Print a warning where latent targets may give back the actions that a setting takes away."""
+    if not config.episodes and config.data_fraction == 1:
+        return
+    if tokenizer:
+        print0("WARNING: the action tokenizer may have learned from the episodes whose actions are not used here")
+    for dataset, own in zip(datasets, labels or []):
+        if dataset.action_size and own.saw_actions != "no":
+            known = "learned" if own.saw_actions == "yes" else "may have learned"
+            print0(
+                f"WARNING: {dataset.name}: the latent model behind the labels {known} from actions, so they give back "
+                "some of those that are not used here. Labels of a model of train_latent.py --action-fraction 0 do not"
+            )
 
 
 LEAST = dict.fromkeys("global_batch_size max_steps save_every val_every placeholders_per_step".split(), 1)

@@ -29,7 +29,7 @@ from typing import Literal
 import tyro
 
 from data import open_index
-from files import at_least, locked, make_folder, option_names, read_json, saved_step, write_json
+from files import at_least, locate_tensors, locked, make_folder, option_names, read_json, saved_step, write_json
 from presets import CONTROL_FLAGS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
@@ -205,7 +205,7 @@ def made_of(config, cell):
     data = [path.name for path in config.data]
     words = shlex.split(config.train)
     if cell.group["variant"] not in IMAGE:
-        words = without_option(words, "--labels")  # which variants that do not learn from labels leave unread
+        words, _ = split_option(words, "--labels")  # which variants that do not learn from labels leave unread
     settings = {
         "train": shlex.join(words),
         "evaluate": shlex.join(playing_options(config)),
@@ -214,15 +214,20 @@ def made_of(config, cell):
     return {"stages": cell.stages, "data": data} | settings
 
 
-def without_option(words, option):
-    """Return the words of a command line without an option and its values."""
-    kept, inside = [], False
+def split_option(words, option):
+    """Return (the words of a command line without an option and its values, its values)."""
+    kept, values, inside = [], [], False
     for word in words:
+        name, equals, value = word.partition("=")
         if word.startswith("--"):
-            inside = word.partition("=")[0] == option
+            inside = name == option
         if not inside:
             kept.append(word)
-    return kept
+        elif word.startswith("--"):
+            values += [value] if equals else []
+        else:
+            values.append(word)
+    return kept, values
 
 
 def read_cell(config, cell):
@@ -484,7 +489,6 @@ def check_config(config):
     at_least(config, {"jobs": 1, "steps": 0, "trials": 0})
     if config.preset == "long" and config.data == (DATA,):
         raise ValueError(f"data is {DATA}, whose tasks are short; name demonstrations of long ones (docs/study.md)")
-    labels = "--labels" in option_names(config.train)
     keeps = PRESETS[config.preset].keeps
     if keeps:
         episodes, instructions = training_demonstrations(config)
@@ -493,12 +497,17 @@ def check_config(config):
                 f"data has {episodes} training episodes of {instructions} instructions; {config.preset} keeps the "
                 f"actions of {keeps} of each, so it takes more"
             )
-    if keeps and variants_of(config, IMAGE) and not labels:
-        raise ValueError(
-            f"{config.preset} takes actions away, and labels of a latent model that learned from them give them back. "
-            f'Name labels made without: --train="--labels {DATA}/labels_wrist_without_actions.safetensors" for the '
-            "embedded data; docs/latent_actions.md says how to make them for other data"
-        )
+    if keeps and variants_of(config, IMAGE):
+        _, labels = split_option(shlex.split(config.train), "--labels")
+        known = {path: locate_tensors(path)[1].get("saw_actions", "unknown") for path in labels}
+        if not labels or set(known.values()) != {"no"}:
+            given = "; ".join(f"of {path} the model saw actions: {known[path]}" for path in labels)
+            raise ValueError(
+                f"{config.preset} takes actions away, and labels of a latent model that learned from them give them "
+                f"back ({given or 'no --labels are given'}). Name labels made without: "
+                f'--train="--labels {DATA}/labels_wrist_without_actions.safetensors" for the embedded data; '
+                "docs/latent_actions.md says how to make them for other data"
+            )
     own = {"--epochs", "--val-fraction", "--out", "--data", "--resume", "--init-from"}
     for cell in make_cells(replace(config, train="", shard="", cells=())):
         own |= {word for stage in cell.stages for word in stage if word.startswith("--")}

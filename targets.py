@@ -36,6 +36,7 @@ class Labels:
     num_codes: int
     quantised: bool  # vectors are codebook rows, not the encoder's continuous output
     fingerprint: str  # of the latent action model
+    saw_actions: str = "unknown"  # "yes" or "no": whether that model learned from actions
 
     @property
     def dim(self):
@@ -76,7 +77,8 @@ def _labels_from_file(dataset, path, delta):
         places, info = locate_tensors(path)
         codes = Column(path, *places["codes"])
         vectors = Column(path, *places["vectors"])
-        labels = Labels(codes, vectors, int(info["delta"]), int(info["num_codes"]), False, info["lam"])
+        sizes = int(info["delta"]), int(info["num_codes"])
+        labels = Labels(codes, vectors, *sizes, False, info["lam"], info.get("saw_actions", "unknown"))
         labelled = info["data"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds no labels: {error}. {remedy}") from error

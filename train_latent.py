@@ -318,7 +318,7 @@ class LamTraining(LamSizes, Training):
     init_from: Path | None = None
     """start from the model in this folder, or from a checkpoint file of UniVLA; stage 2 needs a stage 1"""
     action_fraction: float = 0.05
-    """share of the steps whose actions supervise the action head of stages 0 and 2 (0: no head)"""
+    """share of the steps at which the action head of stages 0 and 2 learns the next `chunk` actions (0: no head)"""
 
 
 @dataclass(kw_only=True)

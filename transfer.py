@@ -1,7 +1,7 @@
 """Start a policy from another run's weights: latent actions on video first, then actions, is two commands.
 
-python train.py --variant la_direct --data-fraction 0 --rest video --max-steps 3000 --out runs/video
-python train.py --variant la_direct --episodes 5 --max-steps 2000 --init-from runs/video
+python train.py --variant la_direct --data-fraction 0 --rest video --max-steps 3000 --labels FILE --out runs/video
+python train.py --variant la_direct --episodes 5 --max-steps 2000 --labels FILE --init-from runs/video
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ PARTS = {"backbone": "backbone", "queries": "placeholders", "head": "head", "lat
 
 
 @torch.no_grad()
-def start_from(vla, run, embodiments, targets):
+def start_from(vla, run, description):
     """Overwrite what is trained in `vla` by the run's weights of the same names and shapes; return what was taken.
 
     The backbone must fit as a whole; placeholders, action head and latent head are taken tensor by tensor. The layers
-    for state and actions belong to an embodiment: they are taken only where both runs have the same `embodiments`, the
-    names of this one's data sets in order. targets: of config.json, this one's latent targets. Return a text that says,
-    for each part, how many tensors were taken, names those that were not, and says where variant or latent targets
-    differ. Raise FileNotFoundError or ValueError when `run` is no trained run, or one of a different backbone, tuning,
-    set of LoRA layers or scale of theirs.
+    for state and actions belong to an embodiment: they are taken only where the data sets of both runs have the same
+    embodiments in the same order. description: what config.json will hold of this run. Return a text that says, for
+    each part, how many tensors were taken, names those that were not, and says where variant or latent targets differ,
+    and where held-out episodes are not new to the weights. Raise FileNotFoundError or ValueError when `run` is no
+    trained run, or one of a different backbone, tuning, set of LoRA layers or scale of theirs.
     """
     run = Path(run)
     if not (run / "model.safetensors").exists():
@@ -41,8 +41,10 @@ def start_from(vla, run, embodiments, targets):
             f"init_from: {run} has lora_alpha {alpha}, this run {vla.config.lora_alpha}: its low-rank updates would be "
             "scaled differently"
         )
-    theirs = [entry.get("embodiment", "libero") for entry in content["data"]]
-    same_robots = list(dict.fromkeys(theirs)) == list(dict.fromkeys(embodiments))
+    theirs, ours = (
+        list(dict.fromkeys(entry.get("embodiment", "libero") for entry in each["data"]))
+        for each in (content, description)
+    )
     taken = {part: [0, 0] for part in PARTS}  # part -> tensors taken, tensors
     left = []
     for name, own in trainable_tensors(vla).items():
@@ -50,7 +52,7 @@ def start_from(vla, run, embodiments, targets):
         taken[part][1] += 1
         other = tensors.get(name)
         of_a_robot = name.startswith(("head.proprio.", "head.out."))
-        if other is None or other.shape != own.shape or (of_a_robot and not same_robots):
+        if other is None or other.shape != own.shape or (of_a_robot and theirs != ours):
             left.append(f"{name} {list(own.shape)} (there: {list(other.shape) if other is not None else 'none'})")
             continue
         own.copy_(other)
@@ -60,10 +62,20 @@ def start_from(vla, run, embodiments, targets):
         raise ValueError(f"init_from: the backbone of {run} does not fit: {', '.join(unfit[:3])}")
     counts = ", ".join(f"{PARTS[part]} {some} of {of}" for part, (some, of) in taken.items() if of)
     rest = f"; left as they were: {', '.join(left)}" if left else ""
-    notes = []
-    if content["model"]["variant"] != vla.config.variant:
-        notes.append(f"a {content['model']['variant']}")
-    if targets and content.get("targets", targets) not in ([], targets):
-        notes.append("trained on other latent targets")
+    notes = compare_runs(content, description)
     note = f" ({', '.join(notes)})" if notes else ""
     return f"weights of {run}{note}: {counts} tensors{rest}"
+
+
+def compare_runs(first, second):
+    """Return texts on what a reader must know of a run whose weights another starts from. Both: of config.json."""
+    notes = []
+    if first["model"]["variant"] != second["model"]["variant"]:
+        notes.append(f"a {first['model']['variant']}")
+    targets, others = ({target["fingerprint"] for target in run.get("targets", [])} for run in (second, first))
+    if targets and others and targets != others:
+        notes.append("trained on other latent targets")
+    shared = {entry["fingerprint"] for entry in first["data"]} & {entry["fingerprint"] for entry in second["data"]}
+    if shared and any(first["train"][name] != second["train"][name] for name in ("val_fraction", "seed")):
+        notes.append("trained on episodes that are held out here: its --val-fraction and --seed are others")
+    return notes

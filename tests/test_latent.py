@@ -495,6 +495,7 @@ def test_a_new_quantiser_trains_labels_and_loads(rlds, cache, tmp_path, monkeypa
     assert model.codes.quantiser.updates == 3
     label.main(label.Config(data=rlds, lam=second, out=labels, cache=cache), ONE)
     tensors, metadata = files.load_tensors(labels)
+    assert metadata["saw_actions"] == "yes"  # by its action head, which is the default
     assert metadata["num_codes"] == "16" and tensors["vectors"].shape[1:] == (4, 2)
     steps = tensors["vectors"].float().tanh().add(1).mul(1.5).round()  # 0 to 3 in each dimension
     agree = (steps[..., 0] * 4 + steps[..., 1]).long() == tensors["codes"].long()

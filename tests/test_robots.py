@@ -1,6 +1,7 @@
 """Other robots, several robots at once, and video without actions: from the data to a policy's actions."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from robot_helpers import write_five_joints, write_labels, write_robot, write_two_arms
+from robot_helpers import write_five_joints, write_labels, write_robot, write_two_arms, write_videos
 from torch.utils.data import default_collate
 
 import batches
@@ -19,6 +20,7 @@ import train
 import train_latent
 from curves import read_log
 from data import open_dataset
+from files import load_tensors, save_tensors
 from model import VARIANTS
 from policy import Policy
 
@@ -295,6 +297,35 @@ def test_which_episodes_keep_their_actions(options, labelled, video, tmp_path, c
         seeds = [prepare.make_sources(train.Config(variant="la_direct", seed=s, **options), [dataset], [np.arange(12)])
                  for s in range(4)]  # fmt: skip
         assert len({tuple(each[0].episodes) for each in seeds}) > 1
+
+
+def test_no_episode_of_video_is_held_out(config_for, robots, made, cache, tmp_path):
+    """Of data without actions nothing is measured, so all of it is trained on; of other data a part is held out."""
+    folder = write_videos(tmp_path / "video")
+    labels = write_labels(open_dataset(folder, cache), tmp_path / "labels.safetensors")
+    both = {"data": (robots["five_joints"], folder), "labels": (made["five_joints"][1], labels)}
+    setup = prepare.prepare(config_for(["five_joints"], tmp_path / "run", variant="la_direct", **both), ONE, set())
+    assert [source.episodes.tolist() for source in setup.dataset.sources if not source.labelled] == [[0, 1]]
+    assert len(setup.dataset.sources[0].episodes) < made["five_joints"][0].num_episodes
+
+
+@pytest.mark.parametrize("variant, options, saw, expected", (
+    ("la_direct", {"episodes": 1}, "yes", "five_joints: the latent model behind the labels learned from actions"),
+    ("la_direct", {"data_fraction": 0.5}, None, "the labels may have learned from actions"),
+    ("la_direct", {"episodes": 1}, "no", ""),
+    ("la_direct", {}, "yes", ""),
+    ("la_tok", {"episodes": 1}, "no", "the action tokenizer may have learned from the episodes whose actions"),
+    ("la_tok", {}, "no", ""),
+    ("baseline", {"episodes": 1}, "yes", ""),
+))  # fmt: skip
+def test_targets_that_know_actions_are_named(variant, options, saw, expected, config_for, made, tmp_path, capsys):
+    """Where actions are taken away: labels by what their file says, the tokenizer in any case."""
+    tensors, info = load_tensors(made["five_joints"][1])
+    save_tensors(tmp_path / "labels", tensors, **info | ({"saw_actions": saw} if saw else {}))
+    options = {"variant": variant, "labels": (tmp_path / "labels",)} | options
+    prepare.prepare(config_for(["five_joints"], tmp_path / "run", **options), ONE, set())
+    said = re.findall("WARNING: .* learned from .*", capsys.readouterr().out)
+    assert len(said) == bool(expected) and all(expected in text for text in said)
 
 
 def test_share_of_video_does_not_change_the_scale_of_the_action_loss(made):

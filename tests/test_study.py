@@ -226,6 +226,7 @@ def test_settings_that_make_cells_something_else_are_refused(tmp_path):
         ("data is data/libero_tiny, whose tasks are short", {"preset": "long"}),
         ("fewshot takes actions away, and labels of a", {"preset": "fewshot", "variants": ("la_cond",)}),
         ("video takes actions away, and labels of a", {"preset": "video"}),
+        ("labels.safetensors the model saw actions: yes.", {"preset": "video", "train": f"--labels={SHIPPED}"}),
     ):
         with pytest.raises(ValueError, match=expected):
             study.main(config(tmp_path, **changes))

@@ -165,6 +165,28 @@ def test_video_without_actions_or_instructions_trains_both_stages(video, cache, 
         label.main(label.Config(data=video, lam=folder, out=out, cache=cache), ONE)
         labels = targets.load_labels(open_dataset(video, cache), out, delta=5)
         assert labels.fingerprint == latent.fingerprint(folder) and labels.vectors.shape[1:] == (4, 8)
+        assert labels.saw_actions == "no"
+
+
+def test_labels_know_whether_their_model_saw_actions(tmp_path):
+    """Its own action head counts, if it was trained, and that of a model it started from; one that is gone is unknown."""
+
+    def model(name, stage=2, action_fraction=0.05, max_steps=9, init_from=None, action=("action",)):
+        training = dict(stage=stage, action_fraction=action_fraction, max_steps=max_steps, init_from=init_from)
+        (tmp_path / name).mkdir()
+        content = {"training": training, "data": [{"spec": {}}, {"spec": {"action": action}}]}
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    head, video = model("head"), model("video", action=())
+    (tmp_path / "univla.ckpt").touch()
+    assert label.saw_actions(head) == "yes" and label.saw_actions(video) == "no"
+    assert label.saw_actions(model("first", stage=1)) == "no"
+    without = {"action_fraction": 0.0}
+    assert label.saw_actions(model("second", init_from=head, **without)) == "yes"
+    assert label.saw_actions(model("third", init_from=video, **without)) == "no"
+    assert label.saw_actions(model("fourth", init_from=str(tmp_path / "gone"), **without)) == "unknown"
+    assert label.saw_actions(model("fifth", init_from=str(tmp_path / "univla.ckpt"), max_steps=0)) == "no"
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_layers_of_another_robot_are_left_alone(first, train_config, tmp_path, c
     other = shutil.copytree(first, tmp_path / "other")
     content = json.loads((other / "config.json").read_text())
     content["data"][0]["embodiment"] = "bridge"
-    content["targets"] = [{"fingerprint": "f00"}]
+    content["targets"] = [{"fingerprint": "f00"}] * 2
     (other / "config.json").write_text(json.dumps(content))
     capsys.readouterr()
     started(train_config(tmp_path / "run", variant="la_direct", init_from=str(other)))
@@ -93,6 +93,23 @@ def test_layers_of_another_robot_are_left_alone(first, train_config, tmp_path, c
     assert re.findall(r"[\w.]+(?= \[)", left) == [
         f"head.{n}" for n in ("proprio.weight", "proprio.bias", "out.weight", "out.bias")
     ]
+
+
+def test_held_out_episodes_that_the_weights_know_are_named(first, train_config, tmp_path, capsys):
+    """Another seed, or another share, of the same data holds out what the first run trained on; other data does not.
+    Labels of one model for several data sets are no other targets."""
+    known = "(trained on episodes that are held out here: its --val-fraction and --seed are others): backbone"
+    settings = dict(variant="la_direct", init_from=str(first))
+    for changes, is_named in (({}, False), ({"seed": 1}, True), ({"val_fraction": 0.4}, True)):
+        started(train_config(tmp_path / str(changes), **settings, **changes))
+        assert (known in capsys.readouterr().out) == is_named, changes
+    other = shutil.copytree(first, tmp_path / "other")
+    content = json.loads((other / "config.json").read_text())
+    content["data"][0]["fingerprint"] = "elsewhere"
+    content["targets"] *= 2
+    (other / "config.json").write_text(json.dumps(content))
+    started(train_config(tmp_path / "run", variant="la_direct", init_from=str(other), seed=1))
+    assert f"weights of {other}: backbone" in capsys.readouterr().out
 
 
 def test_resumed_run_does_not_start_over(first, train_config, tmp_path):
