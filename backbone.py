@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from lora import set_trainable
 from pretrained import load_qwen
 
-MAX_CACHED = 4096  # instructions, whose ids stay on the device
+MAX_CACHED = 100_000  # instructions, whose ids stay on the device: 1 KB each
 MAX_TOKENS = 8192  # of a prompt: attention masks grow with the square
 PROMPT = "{instruction}\nPlease predict the next {chunk} robot actions:"
 

@@ -136,7 +136,7 @@ def distribute(module, ranks):
         return module
     names = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-    return DistributedDataParallel(module)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)  # no second copy of the gradients
 
 
 def to_device(batch, device):

@@ -53,7 +53,7 @@ class Config:
     batch_size: int = 64
     """frames, and pairs, encoded at once"""
     num_workers: int = 0
-    """processes per rank that decode images (0: the labelling process itself)"""
+    """processes per rank that decode images; on a GPU give some (0: the labelling process itself)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -374,10 +374,14 @@ class Policy:
         return np.stack([resize_image(fit_image(image, self.spec.image_fit), side) for image in images])
 
     def warm_up(self):
-        """Answer one black observation, so that what is compiled at first use is compiled."""
+        """Answer a black observation, so that what is compiled at first use is compiled.
+
+        On a GPU three times: the second call records a CUDA graph, and the third is the first to replay it.
+        """
         sizes = [np.broadcast_to(camera["size"], 2) for camera in self.data_entry["cameras"].values()]
         images = [np.zeros((1, *side, 3), np.uint8) for side in sizes]
-        self.predict(images, [""], np.zeros((1, len(self.state.low) if self.state else 0)))
+        for _ in range(3 if str(self.device).startswith("cuda") else 1):
+            self.predict(images, [""], np.zeros((1, len(self.state.low) if self.state else 0)))
 
     def controller(self, execute=0, average=False, gripper="data"):
         """Return a `Controller` that asks this policy; see `execution.Execution` for execute and average."""

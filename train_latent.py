@@ -306,7 +306,7 @@ class Training:
     seed: int = 0
     """of initialisation, order, masks and split"""
     num_workers: int = 0
-    """processes per rank that decode images (0: the training process itself)"""
+    """processes per rank that decode images; on a GPU give some (0: the training process itself)"""
     wandb_project: str = ""
     """log to this wandb project too"""
 

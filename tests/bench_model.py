@@ -473,7 +473,7 @@ def bench_ddp(config):
     Raise ValueError when there are fewer GPUs than processes.
     """
     gpus = torch.cuda.device_count() if config.device.startswith("cuda") else 0
-    most = max(gpus, 2)
+    most = gpus or 2
     counts = config.processes or tuple(2**k for k in range(most.bit_length()) if 2**k <= most)
     if gpus and max(counts) > gpus:
         raise ValueError(f"processes is {counts}, but there are {gpus} GPUs: one for each process")

@@ -169,7 +169,7 @@ def test_video_without_actions_or_instructions_trains_both_stages(video, cache, 
 
 
 def test_labels_know_whether_their_model_saw_actions(tmp_path):
-    """Its own action head counts, if it was trained, and that of a model it started from; if that is gone, who knows."""
+    """Its own action head counts, if it was trained, and that of a model it started from; one that is gone may have."""
 
     def model(name, stage=2, action_fraction=0.05, max_steps=9, init_from=None, action=("action",)):
         training = dict(stage=stage, action_fraction=action_fraction, max_steps=max_steps, init_from=init_from)
