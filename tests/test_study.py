@@ -688,6 +688,7 @@ COMMITTED = {
     "variants": printed("python study.py variants --out docs/studies/variants"),
     "fewshot": printed("python study.py fewshot --out docs/studies/fewshot"),
     "ablations": printed("python study.py ablations --out docs/studies/ablations"),
+    "video": printed("python study.py video --out docs/studies/video"),
 }
 
 
