@@ -107,8 +107,8 @@ def video_cells(config, steps):
             half = video_options(2 * instructions, episodes, 0.5)
             weight = 0.1 if variant == "la_align" else 1.0  # a tenth, or ten times, of the default
             changes |= {
-                "half": half,
                 "a quarter": video_options(2 * instructions, episodes, 0.25),
+                "half": half,
                 "three quarters": video_options(2 * instructions, episodes, 0.75),
                 f"half, lambda {weight:g}": [*half, "--latent-weight", weight],
             }
