@@ -305,7 +305,7 @@ def test_plan_says_what_is_to_do(tmp_path, capsys):
     """Updates of all trainings that are missing, shared first stages once, and the episodes."""
     settings = config(tmp_path, "fewshot", seeds=(0,), variants=("la_direct",), steps=10, dry_run=True)
     settings.evaluate = "--max-steps 150"  # of eval.py
-    settings.train = "--labels made/without.safetensors"
+    settings.train = f"--labels {study.DATA}/labels_wrist_without_actions.safetensors"
     assert study.main(settings) == 0
     # dropped: all, 5 and 2; joint: 5 and 2; first, half as long each: video once, then 5 and 2
     assert "7 of 7 cells to do: 65 updates, 140 episodes of each task" in capsys.readouterr().out
