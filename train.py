@@ -167,7 +167,7 @@ class Config:
     """place: a crop of 90 % of the area, resized (evaluation, or without image_aug: the centre crop), or a shift by up
     to 1/24 of the side (there: the whole image)"""
     val_fraction: float = 0.05
-    """share of the episodes held out; their action L1 is logged"""
+    """share of the episodes with actions held out; their action L1 is logged"""
     val_every: int = 1000
     """updates between evaluations on held-out episodes"""
     save_every: int = 1000
