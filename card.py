@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
 from curves import draw_curves
 from dataspec import PRESETS, parse_spec
-from files import file_hash, read_json, write_text
+from files import file_hash, read_json, read_metadata, write_text
 from model import VARIANTS
 from results import markdown_table
 from tiny import SIZES
@@ -144,8 +143,7 @@ def introduction(run, config):
         stored = statistics[entry["name"]]
         counts = f"{stored['num_trajectories']} episodes, {stored['num_transitions']} steps"
         data.append(f"`{entry['name']}` ({counts}; robot {entry.get('embodiment', 'libero')})")
-    with safe_open(run / "model.safetensors", "pt") as file:
-        updates = (file.metadata() or {}).get("step", "?")
+    updates = read_metadata(run / "model.safetensors").get("step", "?")
     rows = {
         "variant": f"`{model['variant']}`: {describe_variant(model)}",
         "backbone": describe_backbone(model),

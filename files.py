@@ -174,10 +174,10 @@ def shell_command(*words, **options):
 def at_least(config, least):
     """Raise ValueError naming the setting of `config` that is below its `least` value, {name: value}, or no number.
 
-    None, a setting that was not given, passes, and so does a setting that `config` has not.
+    None, a setting that was not given, passes.
     """
     for name, low in least.items():
-        value = getattr(config, name, None)
+        value = getattr(config, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name} is {value}; it must be at least {low}")
 
@@ -250,6 +250,12 @@ def load_tensors(path):
         raise ValueError(f"{path} is damaged: {error}") from error
     _check_checksum(path, tensors, info)
     return tensors, info
+
+
+def read_metadata(path):
+    """Return the metadata of a safetensors file, without reading, or checking, its tensors."""
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
 
 
 def saved_step(path):

@@ -22,13 +22,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import all_sum, init_distributed, shutdown_distributed, worker_options
 from data import open_dataset
-from files import at_least, check_writable, make_folder, map_tensors, read_json, save_tensors, shell_command
+from files import (
+    at_least,
+    check_writable,
+    make_folder,
+    map_tensors,
+    read_json,
+    read_metadata,
+    save_tensors,
+    shell_command,
+)
 from index import CACHE, changed_cache
 from latent import camera_name, check_frames, fingerprint, load_lam, stack_texts, text_states
 from quantiser import code_counts, code_usage
@@ -194,10 +202,7 @@ def part_path(folder, group):
 
 def is_matching_part(path, metadata):
     """Return whether `path` exists and holds labels with this metadata, thus of the same model and data."""
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        return metadata.items() <= file.metadata().items()
+    return path.exists() and metadata.items() <= read_metadata(path).items()
 
 
 def write_parts(dataset, model, groups, folder, metadata, config, ranks):

@@ -29,7 +29,7 @@ from typing import Literal
 import tyro
 
 from data import open_index
-from files import at_least, locate_tensors, locked, make_folder, option_names, read_json, saved_step, write_json
+from files import at_least, locked, make_folder, option_names, read_json, read_metadata, saved_step, write_json
 from presets import CONTROL_FLAGS, IMAGE, LATENT, OF_TWO_CAMERAS, PRESETS, training_demonstrations, variants_of
 from report import Played, learning_curve, outcomes, write_report
 from results import read_trials, shard
@@ -499,7 +499,7 @@ def check_config(config):
             )
     if keeps and variants_of(config, IMAGE):
         _, labels = split_option(shlex.split(config.train), "--labels")
-        known = {path: locate_tensors(path)[1].get("saw_actions", "unknown") for path in labels}
+        known = {path: read_metadata(path).get("saw_actions", "unknown") for path in labels}
         if not labels or set(known.values()) != {"no"}:
             given = "; ".join(f"of {path} the model saw actions: {known[path]}" for path in labels)
             raise ValueError(

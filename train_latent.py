@@ -343,7 +343,7 @@ def check(config, world):
     names += "heads patience save_every keep timeout"
     least = {name: 1 for name in names.split()} | {"chunk": 0, "seed": 0, "num_workers": 0}
     least["max_steps"] = 0 if getattr(config, "init_from", None) else 1
-    at_least(config, least)
+    at_least(config, {name: value for name, value in least.items() if hasattr(config, name)})
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"val_fraction is {config.val_fraction}; it must be in [0, 1)")
     if not config.learning_rate > 0:

@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 
 import tyro
-from safetensors import safe_open
 from tqdm import tqdm
 
 import eval as evaluation
 from common import die_with_parent
 from curves import read_log
-from files import atomic_file, option_names, read_json, saved_step
+from files import atomic_file, option_names, read_json, read_metadata, saved_step
 from results import format_rate, wilson
 
 FIRST_SEED = 1000  # of the trials; `python eval.py RUN` plays others, for which no weights were chosen
@@ -75,8 +74,7 @@ class Watch:
         self._log_results(first - 1)
         weights = self.folder / "model.safetensors"
         if weights.exists():
-            with safe_open(weights, "pt") as file:
-                step = int(file.metadata()["step"])
+            step = int(read_metadata(weights)["step"])
             if step in self.logged:  # it had ended when training was killed, perhaps before its weights were kept
                 self._keep_if_best(step, self._results())
             elif step <= first:
