@@ -221,11 +221,10 @@ PRESETS = {
     "joint": Preset(
         "Does a task lose by being trained with others, and with which variant not?",
         6000,
-        20,
+        50,
         joint_cells,
         panels="variant",
         compare=(Comparison({"trained": "together"}),),
-        evaluate=OTHER_STARTS,
     ),
     "long": Preset(
         "Do latent actions help in long tasks?",

@@ -354,10 +354,13 @@ def test_cells_side_by_side_share_the_cores(tmp_path, monkeypatch, jobs):
 
 def test_together_and_alone(rlds, train_config, tmp_path):
     """Each instruction of the data gets a cell of its own; such a run trains on its episodes alone and is evaluated on
-    its task alone. An instruction that no episode has is refused."""
+    its task alone. An instruction that no episode has is refused. The policy of all is that of `variants`."""
     cells = study.make_cells(config(tmp_path, "joint", data=(rlds,), variants=("baseline",), seeds=(0,), steps=10))
     alone = [stage[stage.index("--instructions") + 1] for cell in cells for stage in cell.stages if len(stage) > 6]
     assert alone == ["put the bowl on the plate", "put the bowl on the stove"] and len(cells) == 3
+    both = [config(tmp_path, preset, variants=("la_tok",), seeds=(0,)) for preset in ("joint", "variants")]
+    together, same = (study.made_of(settings, study.make_cells(settings)[0]) for settings in both)
+    assert together == same
     plate = train_config(tmp_path / "run", variant="baseline", instructions=(alone[0],))
     setup = prepare.prepare(plate, Ranks(0, 1, torch.device("cpu")), set())
     (dataset,) = setup.dataset.datasets
