@@ -143,14 +143,25 @@ def ablation_cells(config, steps):
 
 
 def joint_cells(config, steps):
-    """Return cells that train all instructions of the data together, and each alone with its share of the updates."""
+    """Return cells that train all instructions of the data together, and each alone with its share of the updates.
+
+    The baseline also trains each alone with all the updates, which shows what their number does.
+    """
     texts = sorted({text for path in config.data for text in open_dataset(path).instructions()})
     cells = []
     for variant in variants_of(config, ("baseline", *LATENT)):
         cells.append(({"variant": variant, "trained": "together"}, [["--variant", variant, "--max-steps", steps]]))
         for text in texts:
-            alone = ["--variant", variant, "--max-steps", steps // len(texts), "--instructions", text]
-            cells.append(({"variant": variant, "trained": f"{text} alone"}, [alone]))
+            updates = {"alone": steps // len(texts)}
+            if variant == "baseline":
+                updates["alone, as long"] = steps
+            cells += [
+                (
+                    {"variant": variant, "trained": f"{text} {how}"},
+                    [["--variant", variant, "--max-steps", number, "--instructions", text]],
+                )
+                for how, number in updates.items()
+            ]
     return cells
 
 

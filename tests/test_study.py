@@ -356,8 +356,16 @@ def test_together_and_alone(rlds, train_config, tmp_path):
     """Each instruction of the data gets a cell of its own; such a run trains on its episodes alone and is evaluated on
     its task alone. An instruction that no episode has is refused. The policy of all is that of `variants`."""
     cells = study.make_cells(config(tmp_path, "joint", data=(rlds,), variants=("baseline",), seeds=(0,), steps=10))
-    alone = [stage[stage.index("--instructions") + 1] for cell in cells for stage in cell.stages if len(stage) > 6]
-    assert alone == ["put the bowl on the plate", "put the bowl on the stove"] and len(cells) == 3
+    trained = {}
+    for cell in cells:
+        (options,) = cell.stages
+        text = options[options.index("--instructions") + 1] if "--instructions" in options else "all"
+        trained[cell.group["trained"]] = (text, int(options[options.index("--max-steps") + 1]))
+    alone = ["put the bowl on the plate", "put the bowl on the stove"]
+    expected = {"together": ("all", 10)}
+    for text in alone:
+        expected |= {f"{text} alone": (text, 5), f"{text} alone, as long": (text, 10)}
+    assert trained == expected
     both = [config(tmp_path, preset, variants=("la_tok",), seeds=(0,)) for preset in ("joint", "variants")]
     together, same = (study.made_of(settings, study.make_cells(settings)[0]) for settings in both)
     assert together == same
