@@ -235,7 +235,7 @@ PRESETS = {
         50,
         joint_cells,
         panels="variant",
-        compare=(Comparison({"trained": "together"}),),
+        compare=(Comparison({"trained": "together"}), Comparison({"variant": "baseline"})),
     ),
     "long": Preset(
         "Do latent actions help in long tasks?",

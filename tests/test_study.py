@@ -700,6 +700,7 @@ COMMITTED = {
     "fewshot": printed("python study.py fewshot --out docs/studies/fewshot"),
     "ablations": printed("python study.py ablations --out docs/studies/ablations"),
     "video": printed("python study.py video --out docs/studies/video"),
+    "joint": printed("python study.py joint --out docs/studies/joint"),
 }
 
 
