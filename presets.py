@@ -150,18 +150,15 @@ def joint_cells(config, steps):
     texts = sorted({text for path in config.data for text in open_dataset(path).instructions()})
     cells = []
     for variant in variants_of(config, ("baseline", *LATENT)):
-        cells.append(({"variant": variant, "trained": "together"}, [["--variant", variant, "--max-steps", steps]]))
+        changes = {"together": [steps]}
         for text in texts:
-            updates = {"alone": steps // len(texts)}
+            changes[f"{text} alone"] = [steps // len(texts), "--instructions", text]
             if variant == "baseline":
-                updates["alone, as long"] = steps
-            cells += [
-                (
-                    {"variant": variant, "trained": f"{text} {how}"},
-                    [["--variant", variant, "--max-steps", number, "--instructions", text]],
-                )
-                for how, number in updates.items()
-            ]
+                changes[f"{text} alone, as long"] = [steps, "--instructions", text]
+        cells += [
+            ({"variant": variant, "trained": trained}, [["--variant", variant, "--max-steps", *options]])
+            for trained, options in changes.items()
+        ]
     return cells
 
 
