@@ -409,8 +409,10 @@ def attempt(job):
 
 def run_attempts(pool, jobs):
     """Yield what `attempt` returns for each of the jobs, as they end. Raise RuntimeError when a process dies."""
-    attempts = [pool.submit(attempt, job) for job in jobs]
+    attempts = []
     try:
+        for job in jobs:
+            attempts.append(pool.submit(attempt, job))  # raises, too, once a process has died
         for ended in as_completed(attempts):
             yield ended.result()
     except BrokenProcessPool as error:

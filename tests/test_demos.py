@@ -169,11 +169,15 @@ def test_surplus_of_an_earlier_call_is_left_out(config):
 
 
 def test_worker_that_dies_ends_the_run(monkeypatch):
-    """A process that is killed, of too little memory for example, is an error instead of a wait without end."""
+    """A process that is killed, of too little memory for example, is an error instead of a wait without end.
+
+    The second time it has died before the attempts are handed out.
+    """
     monkeypatch.setattr(demos, "attempt", os._exit)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.raises(RuntimeError, match="a simulator process died, .*; the same command goes on"):
-            list(demos.run_attempts(pool, [3, 4]))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="a simulator process died, .*; the same command goes on"):
+                list(demos.run_attempts(pool, [3, 4]))
 
 
 def test_bad_input_is_refused():
