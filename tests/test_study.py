@@ -701,6 +701,7 @@ COMMITTED = {
     "ablations": printed("python study.py ablations --out docs/studies/ablations"),
     "video": printed("python study.py video --out docs/studies/video"),
     "joint": printed("python study.py joint --out docs/studies/joint"),
+    "long": printed("python study.py long --out docs/studies/long"),
 }
 
 
